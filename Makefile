@@ -1,0 +1,91 @@
+# Distilled Matryoshka SAEs: every step of the replication. `make help` lists what can be made.
+# The stages of an experiment and their dependencies are in runs/<run>/plan.mk, written by dmsae_lib/plan.py from the
+# configuration; `make -n stages` prints them. All paths are relative, so the clone may lie anywhere.
+
+CONFIG = default
+RUN =
+SET =
+STAGE = stages
+AS =
+PYTHON =
+PY = .venv/bin/python
+TORCH = torch==2.13.0
+TIMEOUT =
+VERBOSE =
+
+export PY
+export NBFLAGS = $(strip $(if $(TIMEOUT),--timeout $(TIMEOUT)) $(if $(VERBOSE),--verbose))
+# uv does not read pip's settings: a folder of wheels that pip is told of serves it as well.
+ifneq ($(PIP_FIND_LINKS),)
+comma = ,
+export UV_FIND_LINKS ?= $(subst $() ,$(comma),$(strip $(PIP_FIND_LINKS)))
+endif
+
+# With an environment of your own (PY=python, say inside conda) there is nothing to set up.
+ENVIRONMENT = $(if $(filter .venv/bin/python,$(PY)),.venv/.complete)
+WHICH = --config '$(CONFIG)' $(if $(RUN),--run '$(RUN)') $(foreach s,$(SET),--set '$s')
+
+.DEFAULT_GOAL = help
+.PHONY: help setup reproduce stages smoke test test-slow lint base-model status compare publish figures clean lock
+
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "CONFIG=name            an experiment: $$(cd configs && echo *.yaml | sed 's/\.yaml//g') (or a file's path)"
+	@echo "SET='training.k=32'    override settings, several with spaces between; computed in runs/<config>--<hash>"
+	@echo "RUN=name               name the folder below runs/ yourself"
+	@echo "STAGE=cycle_2_train    for 'make stages': this stage and what it needs"
+	@echo "AS=name                for 'make publish' and 'make figures': the name below results/ and figures/"
+	@echo "PYTHON=python3.12      for 'make setup': which Python; PY=python: use the environment that is active"
+	@echo "TIMEOUT=seconds        limit for one notebook cell (a day); VERBOSE=1: show the notebooks' output as it comes"
+
+setup: $(ENVIRONMENT) ## install everything, pinned, into .venv (Python 3.11 or 3.12; about 2.7 GB with a CPU torch)
+
+reproduce: stages ## run the whole paper for CONFIG: every stage, the figures, then compare with what is published
+	@$(PY) -m dmsae_lib.manage compare $(WHICH)
+
+stages: $(ENVIRONMENT) ## run the stages that are missing or stale (with -n: print them)
+	@command -v $(PY) > /dev/null || { echo "# the stages are listed once 'make setup' has run"; exit 0; }; \
+	$(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" $(STAGE)
+
+smoke: ## the whole paper at toy size, in minutes
+	@$(MAKE) --no-print-directory reproduce CONFIG=smoke
+
+compare: $(ENVIRONMENT) ## set the run's numbers and verdicts beside the published ones; fails if they differ
+	@$(PY) -m dmsae_lib.manage compare $(WHICH)
+
+status: $(ENVIRONMENT) ## show each stage: missing, stale and why, or present; when and by which code it was made
+	@$(PY) -m dmsae_lib.manage status $(WHICH)
+
+publish: $(ENVIRONMENT) ## copy a finished run to results/ and figures/
+	@$(PY) -m dmsae_lib.manage publish $(WHICH) $(if $(AS),--as '$(AS)')
+
+figures: $(ENVIRONMENT) ## draw figures/CONFIG again from results/CONFIG alone
+	@$(PY) -m dmsae_lib.manage figures $(WHICH) $(if $(AS),--as '$(AS)')
+
+base-model: $(ENVIRONMENT) ## train the embedded language model again, in runs/base_model (an hour on two cores)
+	@$(PY) -m dmsae_lib.run_notebook notebooks/00_base_model.ipynb runs/base_model/notebooks/00_base_model.ipynb \
+	  -p run base_model -p tokens 30000000 -p documents 0 -p vocab_size 4096 -p batch_rows 32 $(NBFLAGS)
+
+clean: ## remove what was computed for CONFIG (or RUN), naming it first; never results/ or figures/
+	@if [ ! -d runs ]; then echo "there is no runs/: nothing to remove"; \
+	else $(PY) -m dmsae_lib.manage clean $(WHICH); fi
+
+test: $(ENVIRONMENT) lint ## lint, unit tests, and every notebook at toy size
+	@$(MAKE) --no-print-directory clean CONFIG=smoke > /dev/null # a change of the library makes no stage stale
+	@HF_HUB_OFFLINE=1 $(MAKE) --no-print-directory stages CONFIG=smoke
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow" --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+
+test-slow: $(ENVIRONMENT) ## the tests that take minutes
+	$(PY) -m pytest -q -m slow tests
+
+lint: $(ENVIRONMENT) ## check the style of library, tests and notebooks
+	@$(PY) -m ruff check --quiet .
+
+lock: ## resolve requirements.lock again from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-package torch \
+	  --no-emit-package torchvision --no-emit-package nvidia-nccl-cu12 --no-emit-package nvidia-nccl-cu13 \
+	  --no-annotate --no-header --quiet -o requirements.lock
+
+.venv/.complete: pyproject.toml requirements.lock
+	@sh setup.sh '$(PYTHON)' '$(TORCH)'

@@ -1,0 +1,179 @@
+"""Residual activations: stored shards or a stream, the same interface, and the normaliser.
+
+A source yields batches (batch_size, d_in) of usable positions, divided by ``scale`` so that mean ||x||^2 = 1, with the
+cursor (epoch, block, offset) from which to go on. Every order is a function of the seed and a name, so any batch can
+be made again without replaying the ones before.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmsae_lib.artifacts import Artifact, Writer
+from dmsae_lib.config import DataConfig
+from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
+from dmsae_lib.seeds import generator
+
+SHARD_ROWS = 2**18  # activations per shard file
+NORM_SAMPLE_ROWS = 64  # contexts from which the median norm is measured
+
+Cursor = tuple[int, int, int]
+
+
+def usable_residuals(model: LanguageModel, split: dict[str, np.ndarray]) -> Iterator[Tensor]:
+    """Residuals of a split's usable positions, (n, d_in) per batch of contexts, in order, unnormalised."""
+    for tokens, lengths in batches(split, model.config.batch_rows, model.device):
+        yield model.lower(tokens)[usable_positions(tokens, lengths, model.bos)]
+
+
+def median_norm(model: LanguageModel, split: dict[str, np.ndarray]) -> float:
+    """Median ||x|| over the usable positions of the first contexts; the yardstick for outliers."""
+    sample = {name: array[:NORM_SAMPLE_ROWS] for name, array in split.items()}
+    return float(torch.cat([x.norm(dim=1) for x in usable_residuals(model, sample)]).median())
+
+
+def harvest(writer: Writer, model: LanguageModel, splits: dict[str, dict[str, np.ndarray]], data: DataConfig,
+            report=print) -> dict[str, Any]:
+    """Write tokens, and with ``data.store: disk`` the training residuals, and measure what every later stage shares.
+
+    The scale is sqrt(mean ||x||^2) over the training tokens of one cycle, outliers left out; it is measured once and
+    stays the same for every cycle and every k. Returns the record for record.json (without model and data entries).
+    """
+    for name, arrays in splits.items():
+        for part, array in arrays.items():
+            np.save(writer.path(f"{name}.{part}.npy"), array)
+    middle = median_norm(model, splits["train"])
+    limit = data.outlier_norm * middle
+    dtype = np.float32 if model.config.dtype == "float32" else np.int16  # int16 holds bfloat16 bits
+    total, squares, outliers, shard, pending = 0, 0.0, 0, 0, []
+    for x in usable_residuals(model, splits["train"]):
+        norms = x.norm(dim=1)
+        outliers += int((norms > limit).sum())
+        x = x[norms <= limit][: data.train_tokens - total]
+        total += len(x)
+        squares += float(x.square().sum(dtype=torch.float64))
+        if data.store == "disk":
+            pending.append(x.cpu())
+            while sum(map(len, pending)) >= SHARD_ROWS or (total == data.train_tokens and pending):
+                rows = torch.cat(pending)
+                _save_shard(writer.path(f"shard_{shard:04d}.npy"), rows[:SHARD_ROWS], dtype)
+                pending = [rows[SHARD_ROWS:]] if len(rows) > SHARD_ROWS else []
+                shard += 1
+                report(f"{total:,} of {data.train_tokens:,} activations")
+        if total == data.train_tokens:
+            break
+    clean, zero = reference_losses(model, splits["test"])
+    counts = {name: int(sum(usable_count(arrays, model.bos))) for name, arrays in splits.items()}
+    return {"n_tokens": counts, "harvested": total, "shards": shard, "scale": (squares / total) ** 0.5, "median_norm": middle,
+            "outlier_limit": limit, "outliers_dropped": outliers, "clean_loss": clean, "zero_loss": zero}
+
+
+def _save_shard(path: Path, rows: Tensor, dtype: type) -> None:
+    np.save(path, rows.numpy() if dtype == np.float32 else rows.bfloat16().view(torch.int16).numpy())
+
+
+def usable_count(split: dict[str, np.ndarray], bos: int) -> np.ndarray:
+    """Usable positions of every context, (rows,)."""
+    inside = np.arange(split["tokens"].shape[1]) < split["lengths"][:, None]
+    return (inside & (split["tokens"] != bos)).sum(1)
+
+
+@torch.no_grad()
+def reference_losses(model: LanguageModel, split: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Next-token loss in nats of the clean model and with the usable positions' residual set to zero."""
+    clean = zero = 0.0
+    count = 0
+    for tokens, lengths in batches(split, model.config.batch_rows, model.device):
+        resid = model.lower(tokens)
+        ablated = torch.where(usable_positions(tokens, lengths, model.bos)[..., None], 0.0, resid)
+        loss, n = next_token_loss(model.logits(tokens), tokens, lengths, model.bos)
+        clean, count = clean + float(loss), count + n
+        zero += float(next_token_loss(model.upper(tokens, ablated), tokens, lengths, model.bos)[0])
+    return clean / count, zero / count
+
+
+def load_split(artifact: Artifact, name: str) -> dict[str, np.ndarray]:
+    """Memory maps of one split's tokens and lengths."""
+    return {part: np.load(artifact.path(f"{name}.{part}.npy"), mmap_mode="r") for part in ("tokens", "lengths")}
+
+
+class StoredActivations:
+    """The shards of a harvest artefact: one block per epoch, every batch a random draw without replacement."""
+
+    def __init__(self, artifact: Artifact, scale: float, device: str = "cpu"):
+        paths = sorted(artifact.folder.glob("shard_*.npy"))
+        self.shards = [np.load(path, mmap_mode="r") for path in paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.scale, self.device = scale, device
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Normalised activations (len(index), d_in) float32, in the order of ``index``."""
+        wanted = index.numpy()
+        shard_of = np.searchsorted(self.ends, wanted, side="right")
+        out = np.empty((len(wanted), self.shards[0].shape[1]), dtype=self.shards[0].dtype)
+        for number in np.unique(shard_of):
+            here = shard_of == number
+            out[here] = self.shards[number][wanted[here] - (self.ends[number] - len(self.shards[number]))]
+        x = torch.from_numpy(out)
+        x = x if x.dtype == torch.float32 else x.view(torch.bfloat16).float()
+        return (x / self.scale).to(self.device)
+
+    def batches(self, batch_size: int, seed: int, name: str, cursor: Cursor = (0, 0, 0)) -> Iterator[tuple[Tensor, Cursor]]:
+        """Endless batches; ``name`` and ``seed`` fix the order, the cursor where to start."""
+        epoch, _, offset = cursor
+        while True:
+            order = torch.randperm(len(self), generator=generator(seed, "order", name, epoch))
+            for start in range(offset, len(order) - batch_size + 1, batch_size):
+                yield self.rows(order[start : start + batch_size]), (epoch, 0, start + batch_size)
+            epoch, offset = epoch + 1, 0
+
+
+class StreamedActivations:
+    """Activations made by the model while they are used: blocks of contexts, shuffled within the block.
+
+    A block's last tokens that do not fill a batch are dropped (below batch_size of about buffer_rows * context_size).
+    """
+
+    def __init__(self, model: LanguageModel, split: dict[str, np.ndarray], data: DataConfig, scale: float, limit: float):
+        self.model, self.split, self.buffer_rows, self.scale, self.limit = model, split, data.buffer_rows, scale, limit
+
+    def block(self, rows: np.ndarray) -> Tensor:
+        rows = np.sort(rows)
+        split = {name: np.asarray(array[rows]) for name, array in self.split.items()}
+        x = torch.cat(list(usable_residuals(self.model, split)))
+        return x[x.norm(dim=1) <= self.limit] / self.scale
+
+    def batches(self, batch_size: int, seed: int, name: str, cursor: Cursor = (0, 0, 0)) -> Iterator[tuple[Tensor, Cursor]]:
+        """As :meth:`StoredActivations.batches`."""
+        epoch, block, offset = cursor
+        while True:
+            order = torch.randperm(len(self.split["tokens"]), generator=generator(seed, "order", name, epoch)).numpy()
+            while block * self.buffer_rows < len(order):
+                x = self.block(order[block * self.buffer_rows : (block + 1) * self.buffer_rows])
+                inner = torch.randperm(len(x), generator=generator(seed, "block", name, epoch, block)).to(x.device)
+                for start in range(offset, len(x) - batch_size + 1, batch_size):
+                    yield x[inner[start : start + batch_size]], (epoch, block, start + batch_size)
+                block, offset = block + 1, 0
+            epoch, block = epoch + 1, 0
+
+
+def first_contexts(split: dict[str, np.ndarray], tokens: int, bos: int) -> dict[str, np.ndarray]:
+    """The leading contexts that together hold ``tokens`` usable positions."""
+    rows = int(np.searchsorted(np.cumsum(usable_count(split, bos)), tokens)) + 1
+    return {name: array[:rows] for name, array in split.items()}
+
+
+def tokens_hash(splits: dict[str, dict[str, np.ndarray]]) -> str:
+    """sha256 over the token ids of all splits: what text was used, whatever it was read from."""
+    digest = hashlib.sha256()
+    for name in sorted(splits):
+        digest.update(name.encode() + np.ascontiguousarray(splits[name]["tokens"]).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,171 @@
+"""The core: frozen encoder rows with their lineage, how it is selected, its final readings, and its controls."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmsae_lib import artifacts
+from dmsae_lib.artifacts import Artifact, UserError
+from dmsae_lib.attribution import smallest_cover
+from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.seeds import generator
+
+READINGS = ("all_of_last", "last_two", "every_since_first", "alive_since_0")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One core latent: where it comes from and how it did in the last cycle that selected it."""
+
+    id: str  # "c<first cycle>:<index in that cycle's SAE>"
+    first_cycle: int
+    first_index: int
+    index: int  # in the SAE of the cycle that this core was distilled from
+    selected: list[int] = field(default_factory=list)  # every cycle that selected it
+    score: float = 0.0
+    share: float = 0.0  # of the total score of all candidates
+    frequency: float = 0.0  # share of tokens where it is active
+
+
+@dataclass
+class Core:
+    """W_enc rows (size, d_in) float32 in the gauge of unit normalised activations, and their lineage, in order."""
+
+    cycle: int
+    rows: Tensor
+    latents: list[Latent]
+    parent: str | None = None  # hash of the core that the cycle trained with
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def describe(self, coverage: float, aggregator: str) -> dict[str, Any]:
+        """core.json."""
+        origins: dict[str, int] = {}
+        for latent in self.latents:
+            origins[str(latent.first_cycle)] = origins.get(str(latent.first_cycle), 0) + 1
+        kept = sum(latent.first_cycle < self.cycle for latent in self.latents)
+        return {"cycle": self.cycle, "size": len(self), "kept": kept, "origins": dict(sorted(origins.items())),
+                "parent": self.parent, "coverage": coverage, "aggregator": aggregator,
+                "latents": [asdict(latent) for latent in self.latents]}
+
+
+def distil(cycle: int, sae: MatryoshkaSAE, scores: Tensor, frequency: Tensor, previous: Core | None, coverage: float,
+           parent: str | None) -> Core:
+    """C(t): the smallest set of candidates (core first, then prefix 0) with share >= ``coverage`` (method, section 4).
+
+    Latents of the previous core that are not selected again drop out. The new core keeps the candidates' order, so
+    old latents come first.
+    """
+    if float(scores.sum()) <= 0:
+        raise UserError(f"Cycle {cycle}: no candidate contributes to the loss (all attribution scores are 0); "
+                        "raise data.select_tokens or training.k.")
+    share = scores / scores.sum()
+    latents, rows = [], torch.cat([sae.core_rows, sae.free_rows])
+    chosen = sorted(smallest_cover(scores, coverage).tolist())
+    for index in chosen:
+        if index < sae.n_core:
+            old = previous.latents[index]
+            latent = replace(old, index=index, selected=[*old.selected, cycle])
+        else:
+            latent = Latent(f"c{cycle}:{index}", cycle, index, index, [cycle])
+        latents.append(replace(latent, score=float(scores[index]), share=float(share[index]),
+                               frequency=float(frequency[index])))
+    return Core(cycle, rows[chosen].detach().clone(), latents, parent)
+
+
+def save_core(writer: artifacts.Writer, core: Core, coverage: float, aggregator: str) -> None:
+    writer.tensors("core.safetensors", {"W_enc": core.rows.T})
+    writer.json("core.json", core.describe(coverage, aggregator))
+
+
+def load_core(artifact: Artifact) -> Core:
+    record = artifact.json("core.json")
+    rows = artifact.tensors("core.safetensors")["W_enc"].T.contiguous()
+    return Core(record["cycle"], rows, [Latent(**latent) for latent in record["latents"]], record["parent"])
+
+
+def reading_members(last: Core, reading: str) -> list[int]:
+    """Positions in the last core of the latents that belong to the "final core" under a reading of the paper.
+
+    all_of_last: all of C(T). last_two: those in C(T-1) too. every_since_first: selected in every cycle since their
+    first and not new in the last. alive_since_0: selected in every cycle from 0 on.
+    """
+    T = last.cycle
+    rules = {
+        "all_of_last": lambda s: True,
+        "last_two": lambda s: T - 1 in s,
+        "every_since_first": lambda s: s[0] < T and s == list(range(s[0], T + 1)),
+        "alive_since_0": lambda s: s == list(range(T + 1)),
+    }
+    return [i for i, latent in enumerate(last.latents) if rules[reading](latent.selected)]
+
+
+def final_core(last: Core, reading: str) -> Core:
+    """The final core under a reading; UserError if it is empty."""
+    members = reading_members(last, reading)
+    if not members:
+        raise UserError(f"distill.final_core is {reading}: no latent of the last core fits that reading; use all_of_last.")
+    return Core(last.cycle, last.rows[members], [last.latents[i] for i in members], last.parent)
+
+
+@dataclass
+class Pool:
+    """The first-prefix latents of all cycles: what cores could have been made of, without replacement."""
+
+    ids: list[str]
+    rows: Tensor  # (n, d_in)
+    frequency: Tensor  # (n,)
+
+
+def candidate_pool(cycles: list[tuple[int, MatryoshkaSAE, Tensor]]) -> Pool:
+    """Union over cycles of the free prefix-0 latents; each entry is (cycle, SAE, frequency of its candidates)."""
+    ids, rows, frequency = [], [], []
+    for cycle, sae, of_candidates in cycles:
+        c, m = sae.n_core, sae.prefixes[0]
+        ids += [f"c{cycle}:{c + i}" for i in range(m)]
+        rows.append(sae.free_rows[:m].detach())
+        frequency.append(of_candidates[c : c + m])
+    return Pool(ids, torch.cat(rows), torch.cat(frequency))
+
+
+def control_core(kind: str, core: Core, pool: Pool, seed: int) -> tuple[Tensor, float | None]:
+    """Encoder rows (size of ``core``, d_in) of a control, and its overlap with the core (None for new directions).
+
+    random: drawn from the pool without replacement. most_frequent: the pool's most often active latents.
+    frequency_matched: for each core latent, in random order, the unused pool latent outside the core that is nearest
+    in log frequency (core firing sets the non-core budget); core members are used only once the others are exhausted.
+    random_directions: random unit vectors with the core rows' norms. (method, section 5)
+    """
+    random, size = generator(seed, "control", kind), len(core)
+    if kind == "random_directions":
+        directions = torch.nn.functional.normalize(torch.randn(size, core.rows.shape[1], generator=random), dim=1)
+        return directions * core.rows.norm(dim=1, keepdim=True), None
+    if len(pool.ids) < size:
+        raise UserError(f"The control core {kind} needs {size} latents and all first prefixes together hold "
+                        f"{len(pool.ids)}: raise sae.prefixes[0] or distill.cycles, or drop the control.")
+    if kind == "random":
+        chosen = torch.randperm(len(pool.ids), generator=random)[:size].tolist()
+    elif kind == "most_frequent":
+        chosen = torch.argsort(pool.frequency, descending=True, stable=True)[:size].tolist()
+    elif kind == "frequency_matched":
+        chosen = _matched(core, pool, random)
+    else:
+        raise UserError(f"There is no control core {kind!r}: use random, frequency_matched, most_frequent, random_directions.")
+    members = {latent.id for latent in core.latents}
+    return pool.rows[chosen], sum(pool.ids[i] in members for i in chosen) / size
+
+
+def _matched(core: Core, pool: Pool, random: torch.Generator) -> list[int]:
+    members = {latent.id for latent in core.latents}
+    log_frequency = pool.frequency.double().clamp_min(1e-9).log()
+    penalty = torch.tensor([1e6 if name in members else 0.0 for name in pool.ids], dtype=torch.float64)
+    chosen = []
+    for i in torch.randperm(len(core), generator=random).tolist():
+        target = torch.tensor(max(core.latents[i].frequency, 1e-9), dtype=torch.float64).log()
+        best = int(torch.argmin((log_frequency - target).abs() + penalty))
+        chosen.append(best)
+        penalty[best] = float("inf")
+    return chosen

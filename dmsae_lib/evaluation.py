@@ -1,0 +1,116 @@
+"""What an SAE is worth on held-out text: L0 by part, FVU by prefix, loss recovered, dead latents; and its threshold."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmsae_lib.activations import usable_residuals
+from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
+from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.sparsity import calibrate
+
+UNBOUND = 0.01  # method, section 2: total L0 within 1 % of k, else the SAE is left out of equal-L0 comparisons
+
+
+@torch.no_grad()
+def calibrate_threshold(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarray], k: int, k_min: int) -> bool:
+    """Set ``sae.threshold`` so that total L0 = k on ``split``; True if that cannot be had (``unbound``).
+
+    The EMA of the training thresholds overshoots or undershoots k (3-9 % in published SAEs), so comparisons need this.
+    Where the core alone leaves less than k_min, the free latents get k_min and the SAE is unbound. ``sae`` is folded.
+    """
+    free_only = sae.core_sparsity == "relu"
+    start = sae.n_core if free_only else 0
+    residuals = [x for x in usable_residuals(model, split)]
+    tokens = sum(map(len, residuals))
+    in_core = 0
+    if free_only and sae.n_core:
+        in_core = sum(int((sae.pre_activations(x)[:, : sae.n_core] > 0).sum()) for x in residuals)
+    wanted = max(tokens * k_min, tokens * k - in_core)
+
+    def chunks():
+        for x in residuals:
+            a = sae.pre_activations(x)[:, start:].flatten()
+            yield a[a > 0]
+
+    sae.threshold.fill_(calibrate(chunks, wanted))
+    total = sum(int((sae.encode(x) > 0).sum()) for x in residuals) / tokens
+    return abs(total - k) > UNBOUND * k
+
+
+class _FVU:
+    """sum ||x - xhat||^2 / sum ||x - mean||^2, accumulated over batches in float64."""
+
+    def __init__(self, d_in: int):
+        self.error, self.square, self.total, self.count = 0.0, 0.0, torch.zeros(d_in, dtype=torch.float64), 0
+
+    def add(self, x: Tensor, xhat: Tensor) -> None:
+        self.error += float((x - xhat).square().sum(dtype=torch.float64))
+        self.square += float(x.square().sum(dtype=torch.float64))
+        self.total += x.sum(0, dtype=torch.float64).cpu()
+        self.count += len(x)
+
+    def value(self) -> float:
+        return self.error / (self.square - float(self.total.square().sum()) / self.count)
+
+
+def loss_recovered(loss: float, clean: float, zero: float) -> float:
+    """(L_zero - L_sae) / (L_zero - L_clean): 1 for a perfect reconstruction, 0 for zero ablation."""
+    return (zero - loss) / (zero - clean)
+
+
+@torch.no_grad()
+def evaluate(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarray], clean_loss: float, zero_loss: float,
+             with_prefix0: bool = True) -> dict[str, Any]:
+    """Metrics of a folded SAE on the usable positions of ``split``.
+
+    Returns L0 {core, non_core, total} at the calibrated and at the EMA threshold, fvu by prefix size and "full",
+    loss_recovered {prefix0, full}, ce_loss (nats, full reconstruction), dead (latents that never fired here), and the
+    core's firing frequencies.
+    """
+    fvus = [_FVU(sae.d_in) for _ in sae.prefixes]
+    fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)
+    ema = torch.zeros(2, dtype=torch.int64)
+    losses = {"prefix0": 0.0, "full": 0.0}
+    n_tokens = n_targets = 0
+    for tokens, lengths in batches(split, model.config.batch_rows, model.device):
+        resid = model.lower(tokens)
+        usable = usable_positions(tokens, lengths, model.bos)
+        x = resid[usable]
+        a = sae.pre_activations(x)
+        f = sae.select(a)
+        fired += (f > 0).sum(0)
+        at_ema = sae.select(a, sae.threshold_ema) > 0
+        ema += torch.tensor([int(at_ema[:, : sae.n_core].sum()), int(at_ema.sum())])
+        n_tokens += len(x)
+        for j, fvu in enumerate(fvus):
+            xhat = sae.decode_prefix(f, j)
+            fvu.add(x, xhat)
+            name = "full" if j == len(fvus) - 1 else "prefix0" if j == 0 and with_prefix0 else None
+            if name:
+                put = resid.clone()
+                put[usable] = xhat
+                loss, count = next_token_loss(model.upper(tokens, put), tokens, lengths, model.bos)
+                losses[name] += float(loss)
+        n_targets += count
+    core_fired = fired[: sae.n_core]
+    l0_core, l0 = int(core_fired.sum()) / n_tokens, int(fired.sum()) / n_tokens
+    ema_core, ema_total = (ema / n_tokens).tolist()
+    names = [*map(str, sae.prefixes[:-1]), "full"]
+    ce = losses["full"] / n_targets
+    frequency = (core_fired / n_tokens).tolist()
+    return {
+        "L0": {"core": l0_core, "non_core": l0 - l0_core, "total": l0},
+        "L0_ema": {"core": ema_core, "non_core": ema_total - ema_core, "total": ema_total},
+        "dead": int((fired == 0).sum()), "tokens_tested": n_tokens,
+        "fvu": {name: fvu.value() for name, fvu in zip(names, fvus)},
+        "loss_recovered": {
+            "prefix0": loss_recovered(losses["prefix0"] / n_targets, clean_loss, zero_loss) if with_prefix0 else None,
+            "full": loss_recovered(ce, clean_loss, zero_loss),
+        },
+        "ce_loss": ce,
+        "core_frequency": {"mean": sum(frequency) / len(frequency), "max": max(frequency),
+                           "values": frequency} if frequency else None,
+    }  # fmt: skip

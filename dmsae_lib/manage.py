@@ -1,0 +1,203 @@
+"""What the Makefile does with finished runs: status, compare, publish, clean.
+
+``python -m dmsae_lib.manage status --config default``
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from dmsae_lib.artifacts import UserError, _explain_os_errors, code_state, load
+from dmsae_lib.config import NAME, Run, open_run
+from dmsae_lib.plan import Stage, parameters_changed, run_arguments, stages
+from dmsae_lib.run_lock import locked
+
+CODE = ("dmsae_lib", "requirements.lock")
+MOVED = 10  # numbers within tolerance that `compare` shows, those nearest to it
+
+
+def stage_state(run: Run, stage: Stage) -> str:
+    """What make would say of a stage, with the reason: ``missing``, ``stale: ...`` or ``present``."""
+    target = run.folder / stage.artefact / "manifest.json"
+    if not target.is_file():
+        return "missing"
+    if parameters_changed(run, stage):
+        return "stale: parameters changed"
+    if not (run.folder / "notebooks" / f"{stage.name}.ipynb").is_file():
+        return "stale: its notebook did not run to the end"
+    made = target.stat().st_mtime
+    sources = {"parameters changed": run.folder / "params" / f"{stage.name}.json",
+               "notebook changed": run.root / "notebooks" / f"{stage.notebook}.ipynb"}  # fmt: skip
+    sources |= {f"{parent} is newer": run.folder / parent / "manifest.json" for parent in stage.parents}
+    for reason, path in sources.items():
+        if not path.is_file() or path.stat().st_mtime > made:
+            return f"stale: {reason}"
+    return "present"
+
+
+def made_by(run: Run, stage: Stage) -> tuple[str, str, str]:
+    """(when, seconds, code) of a stage's artefact; ``code`` says whether today's code is the one that made it."""
+    try:
+        record = json.loads((run.folder / stage.artefact / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "", "", ""
+    commit = record.get("commit")
+    if code_state(run.root)["commit"] is None or commit is None:
+        code = "unknown (no git history)"
+    elif record.get("dirty"):
+        code = f"{commit[:8]} with uncommitted changes"
+    else:
+        paths = [*CODE, f"notebooks/{stage.notebook}.ipynb"]
+        same = subprocess.run(["git", "diff", "--quiet", commit, "--", *paths], cwd=run.root, capture_output=True)
+        code = "same as now" if same.returncode == 0 else f"other: {commit[:8]}"
+    return record.get("created", "")[:16].replace("T", " "), f"{record.get('seconds', 0):.1f}", code
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Left-aligned columns; the first row is the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def status(run: Run) -> None:
+    """Print one line per stage. Nothing is written, so it may be asked while the run computes."""
+    rows = [("stage", "state", "made (UTC)", "seconds", "code")]
+    rows += [(stage.name, stage_state(run, stage), *made_by(run, stage)) for stage in stages(run.config)]
+    print(f"runs/{run.name}\n{table(rows)}")
+
+
+def _number(value: object) -> str:
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.5g}"
+
+
+def compare(run: Run) -> int:
+    """Set the run's summary beside the published one; 0 unless a number left its tolerance or a verdict changed."""
+    from dmsae_lib import results
+
+    published = run.root / "results" / run.config.name
+    if not (published / "summary.json").is_file():
+        print(f"Nothing is published for {run.config.name}, so there is nothing to compare runs/{run.name} with.")
+        return 0
+    rows = results.compare(results.Results(run.folder / "summary").summary, results.Results(published).summary)
+    changed = [row for row in rows if not row["ok"]]
+    verdicts = [row for row in rows if row["ok"] and isinstance(row["fresh"], str)]
+    moved = [row for row in rows if row["ok"] and row["difference"]]
+    moved.sort(key=lambda row: abs(row["difference"]) / row["tolerance"], reverse=True)
+    columns = ("metric", "published", "fresh", "difference", "tolerance")
+    lines = [(*columns, "")]
+    for row in [*verdicts, *moved[:MOVED], *changed]:
+        lines.append((row["metric"], *(_number(row[name]) for name in columns[1:]), "" if row["ok"] else "<- differs"))
+    print(table(lines))
+    equal = sum(row["published"] == row["fresh"] for row in rows)
+    print(f"{len(rows)} values against results/{run.config.name}: {equal} identical, "
+          f"{len(rows) - equal - len(changed)} within tolerance, {len(changed)} beyond it.")  # fmt: skip
+    return 1 if changed else 0
+
+
+@contextlib.contextmanager
+def _replacing(folders: list[Path]) -> Iterator[list[Path]]:
+    """New versions of ``folders`` are filled inside the block and take their places together, or not at all."""
+    new = [folder.with_name(f".{folder.name}.new") for folder in folders]
+    old = [folder.with_name(f".{folder.name}.old") for folder in folders]
+    swapped: list[int] = []
+    try:
+        for path in [*new, *old]:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in new:
+            path.mkdir(parents=True)
+        yield new
+        for i, folder in enumerate(folders):
+            if folder.exists():
+                os.replace(folder, old[i])
+            swapped.append(i)
+            os.replace(new[i], folder)
+    except BaseException:
+        for i in swapped:
+            if old[i].exists():
+                shutil.rmtree(folders[i], ignore_errors=True)
+                os.replace(old[i], folders[i])
+        raise
+    finally:
+        for path in [*new, *old]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(run: Run, name: str = "") -> None:
+    """Copy summary and executed notebooks to results/<name>, draw figures/<name> from there: all of it, or nothing."""
+    from dmsae_lib.plots import draw_all
+
+    if not name and run.name != run.config.name:
+        raise UserError(f"runs/{run.name} is not the plain run of {run.config.name}: say with AS=name under which name "
+                        "to publish it.")  # fmt: skip
+    name = name or run.name
+    if not NAME.fullmatch(name):
+        raise UserError(f"AS is {name!r}: use letters, digits, '.', '_' and '-'.")
+    for stage in stages(run.config):
+        if (state := stage_state(run, stage)) != "present":
+            raise UserError(f"runs/{run.name} is not complete ({stage.name} is {state}): run `make reproduce` first.")
+    targets = [run.root / "results" / name, run.root / "figures" / name]
+    with _explain_os_errors(targets[0]), locked(run), _replacing(targets) as (results, figures):
+        shutil.copytree(load(run.folder / "summary", "summary").folder, results, dirs_exist_ok=True)
+        (results / "notebooks").mkdir()
+        for stage in stages(run.config):
+            shutil.copy(run.folder / "notebooks" / f"{stage.name}.ipynb", results / "notebooks")
+        draw_all(results, figures)
+    size = sum(path.stat().st_size for target in targets for path in target.rglob("*") if path.is_file())
+    print(f"published runs/{run.name} as results/{name} and figures/{name} ({size / 2**20:.1f} MiB)")
+
+
+def figures(run: Run, name: str = "") -> None:
+    """Draw figures/<name> again from results/<name>; nothing is computed."""
+    from dmsae_lib.plots import draw_all
+
+    name = name or run.name
+    target = run.root / "figures" / name
+    with _explain_os_errors(target), _replacing([target]) as (new,):
+        drawn = draw_all(run.root / "results" / name, new)
+    print(f"drew {len(drawn)} figures in figures/{name}")
+
+
+def clean(run: Run) -> None:
+    """Remove everything computed in the run's folder, named first. results/ and figures/ are never touched."""
+    if not run.folder.is_dir():
+        print(f"there is no runs/{run.name}: nothing to remove")
+        return
+    with _explain_os_errors(run.folder), locked(run):
+        for path in sorted(run.folder.iterdir()):
+            size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+            print(f"removing runs/{run.name}/{path.name} ({size / 2**20:.1f} MiB)")
+        shutil.rmtree(run.folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Look after finished runs.")
+    parser.add_argument("action", choices=("status", "compare", "publish", "figures", "clean"))
+    parser.add_argument("--as", dest="name", default="", help="for publish and figures: below results/ and figures/")
+    run_arguments(parser)
+    options = parser.parse_args()
+    run = open_run(options.config, options.run, options.set)
+    match options.action:
+        case "status":
+            status(run)
+        case "compare":
+            return compare(run)
+        case "publish":
+            publish(run, options.name)
+        case "figures":
+            figures(run, options.name)
+        case "clean":
+            clean(run)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

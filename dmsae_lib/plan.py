@@ -1,0 +1,185 @@
+"""The stages of a run as data, and as the makefile that runs them.
+
+``python -m dmsae_lib.plan --config default --make make stages`` checks the configuration, writes
+``runs/<run>/config.yaml``, ``runs/<run>/params/<stage>.json`` and ``runs/<run>/plan.mk``, and turns into
+``make -f runs/<run>/plan.mk stages``, the run locked for as long as that lasts. Plain make decides what is stale: a
+stage is remade when its notebook, its parameters file or a parent's artefact is newer than its own artefact. A
+parameters file holds this stage's slice of the configuration and is rewritten only when the slice changes.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dmsae_lib.artifacts import UserError, _explain_os_errors, write_json
+from dmsae_lib.config import Run, RunConfig, load_config, open_run
+from dmsae_lib.run_lock import lock
+
+COMPUTING = ("threads", "device")
+SELECTION = ("distill.coverage", "distill.aggregator", "distill.quantile")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook call. Artefacts are folders below the run's own."""
+
+    name: str
+    notebook: str
+    artefact: str
+    parents: tuple[str, ...]  # the artefacts it reads
+    parameters: dict[str, Any] = field(default_factory=dict)  # of the notebook, beside config and run
+    slice: dict[str, Any] = field(default_factory=dict)  # the settings (and files) it depends on
+
+
+def _slice(config: RunConfig, *names: str, **more: Any) -> dict[str, Any]:
+    """The named sections and ``section.key`` settings as JSON, and ``more``."""
+    tree = config.model_dump(mode="json", exclude={"training": {"checkpoint_seconds"}})  # changes no result
+    found = {}
+    for name in names:
+        section, _, key = name.partition(".")
+        found[name] = tree[section][key] if key else tree[section]
+    return found | more
+
+
+def _fingerprint(name: str) -> dict[str, list[int]]:
+    """{file: [size, modification time]} of an embedded or local model, or of local text; {} for anything else."""
+    for path in (Path(__file__).parent / "embedded" / name, Path(name).expanduser()):
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        if found := {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}:
+            return found
+    return {}
+
+
+def _chain_stages(config: RunConfig, chain: str) -> list[Stage]:
+    """The distillation cycles of one chain: train, attribute, distil."""
+    config = config.for_chain(chain)
+    folder, given = ("", {}) if chain == "main" else (f"chain_{chain}/", {"chain": chain})
+    found = []
+    for t in range(config.distill.cycles + 1):
+        sae, attribution, core = (f"{folder}cycle_{t}/{part}" for part in ("sae", "attribution", "core"))
+        before = (f"{folder}cycle_{t - 1}/core",) if t else ()
+        name = f"{folder.replace('/', '_')}cycle_{t}"
+        found += [
+            Stage(f"{name}_train", "02_train_cycle", sae, ("harvest", *before), {"cycle": t} | given,
+                  _slice(config, *COMPUTING, "seed", "sae", "training")),
+            Stage(f"{name}_attribute", "03_attribute", attribution, ("harvest", sae, *before), {"cycle": t} | given,
+                  _slice(config, *COMPUTING, *SELECTION)),
+            Stage(f"{name}_distill", "04_distill", core, (sae, attribution, *before), {"cycle": t} | given,
+                  _slice(config, *SELECTION)),
+        ]  # fmt: skip
+    return found
+
+
+def stages(config: RunConfig) -> list[Stage]:
+    """Every stage of a run, parents first."""
+    files = {"model_files": _fingerprint(config.model.name), "data_files": _fingerprint(config.data.source)}
+    harvest = _slice(config, *COMPUTING, "model", "data", **files)
+    found = [Stage("harvest", "01_harvest", "harvest", (), {}, harvest), *_chain_stages(config, "main")]
+    cycles = tuple(stage.artefact for stage in found)  # random cores are drawn from the latents of every cycle
+    for chain in config.distill.chains:
+        found += _chain_stages(config, chain.name)
+    settings = _slice(config, *COMPUTING, "sae", "training", *SELECTION, "distill.final_core")
+    settings["training"].pop("k")  # each of these SAEs has its own
+    for k in config.retrain.ks:
+        arms = [f"{arm}-seed{seed}" for arm, seed in config.retrain_arms(k)]
+        found.append(Stage(f"retrain_k{k}", "05_retrain_across_k", f"retrain/k{k}/index", cycles, {"k": k},
+                           settings | {"arms": arms}))  # fmt: skip
+    scoring = _slice(config, *COMPUTING, "saebench")
+    found.append(Stage("saebench_baselines", "06_saebench", "saebench/baselines", ("harvest",), {"k": 0}, scoring))
+    for k in config.retrain.ks:
+        found.append(Stage(f"saebench_k{k}", "06_saebench", f"saebench/k{k}/index",
+                           ("harvest", f"retrain/k{k}/index"), {"k": k}, scoring))  # fmt: skip
+    everything = tuple(stage.artefact for stage in found)
+    return [*found, Stage("summary", "07_figures", "summary", everything, {}, config.model_dump(mode="json"))]
+
+
+def parameters_changed(run: Run, stage: Stage) -> bool:
+    """Whether the parameters file of ``stage`` differs from its slice of today (or cannot be read)."""
+    try:
+        return json.loads((run.folder / "params" / f"{stage.name}.json").read_text()) != stage.slice
+    except (OSError, ValueError):
+        return True
+
+
+def makefile(run: Run, config: str) -> str:
+    """The text of plan.mk. ``config`` is what the notebooks get as their parameter of that name."""
+    folder = f"runs/{run.name}"
+    lines = [
+        f"# The stages of {folder}, written by dmsae_lib.plan; `make -n stages` prints what is left to do.",
+        "PY ?= .venv/bin/python",
+        f"stages: {folder}/summary/manifest.json",
+        ".PHONY: stages unfinished " + " ".join(stage.name for stage in stages(run.config)),
+        "# A stage that was killed or failed after its artefact was written has no executed notebook: it runs again.",
+        f"executed = $(if $(wildcard {folder}/notebooks/$(1).ipynb),,unfinished)",
+    ]
+    for stage in stages(run.config):
+        target = f"{folder}/{stage.artefact}/manifest.json"
+        parents = " ".join(f"{folder}/{parent}/manifest.json" for parent in stage.parents)
+        given = {"config": config, "run": run.name} | stage.parameters
+        lines += [
+            f"\n{stage.name}: {target}",
+            f".PRECIOUS: {target}",
+            f"{target}: notebooks/{stage.notebook}.ipynb {folder}/params/{stage.name}.json {parents} "
+            f"$(call executed,{stage.name})",
+            f"\t@$(PY) -m dmsae_lib.run_notebook notebooks/{stage.notebook}.ipynb "
+            f"{folder}/notebooks/{stage.name}.ipynb --makes {target} "
+            + " ".join(f"-p {name} {value}" for name, value in given.items())
+            + " $(NBFLAGS)",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def write_plan(run: Run) -> Path:
+    """Write config.yaml, params/ and plan.mk of ``run``; returns the path of plan.mk."""
+    if (run.root / "configs" / f"{run.name}.yaml").is_file() and run.config != load_config(run.name):
+        raise UserError(f"The run name {run.name} is kept for configs/{run.name}.yaml as it stands: name this run "
+                        "otherwise with RUN=name.")  # fmt: skip
+    plain = (run.root / "configs" / f"{run.config.name}.yaml").is_file() and run.config == load_config(run.config.name)
+    config = run.config.name if plain else f"runs/{run.name}/config.yaml"
+    with _explain_os_errors(run.folder):
+        (run.folder / "notebooks").mkdir(parents=True, exist_ok=True)
+        settings = yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False)
+        _write_if_changed(run.folder / "config.yaml", settings)
+        for stage in stages(run.config):
+            if parameters_changed(run, stage):
+                write_json(run.folder / "params" / f"{stage.name}.json", stage.slice)
+        _write_if_changed(run.folder / "plan.mk", makefile(run, config))
+    return run.folder / "plan.mk"
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which run is meant."""
+    parser.add_argument("--config", default="default", help="name of a file in configs/, or the path of a YAML file")
+    parser.add_argument("--run", default="", help="name of the folder below runs/")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the plan of a run, then run it by make.")
+    run_arguments(parser)
+    parser.add_argument("--make", nargs=2, required=True, metavar=("make", "target"), help="what runs the plan")
+    options = parser.parse_args()
+    run = open_run(options.config, options.run, options.set)
+    os.chdir(run.root)
+    lock(run)
+    plan = write_plan(run)
+    make, target = options.make
+    os.execvp(make, [make, "--no-print-directory", "-f", str(plan.relative_to(run.root)), target])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

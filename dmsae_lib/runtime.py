@@ -1,0 +1,43 @@
+"""Process-wide settings that every notebook makes first: threads, determinism, memory."""
+
+import contextlib
+import ctypes
+import logging
+import os
+import warnings
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+KEEP = 2**31 - 1  # bytes
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks instead of giving them back to the kernel.
+
+    Every step allocates the same large temporaries; by default each is mapped and page-faulted anew, which took up to
+    nine tenths of a step's time on two cores (`make bench` measures it). Elsewhere than on glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, KEEP)
+        libc.mallopt(M_TRIM_THRESHOLD, KEEP)
+
+
+def prepare(threads: int) -> None:
+    """Set the thread count of the configuration, deterministic kernels, and quiet third-party chatter."""
+    keep_freed_memory()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # our code reads no uninitialised memory
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for noisy in ("transformers", "transformer_lens", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    with contextlib.suppress(ImportError):
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging as transformers_logging
+
+        disable_progress_bars()
+        transformers_logging.disable_progress_bar()

@@ -1,0 +1,252 @@
+"""The summary of a run: every stage's own JSON put together, claims judged, tables written.
+
+``runs/<run>/summary/`` is an artefact with summary.json (``summary.schema.json`` says what is in it), the same rows as
+CSV, the training histories and core_lineage.json. Figures are drawn from these files alone.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dmsae_lib.artifacts import Artifact, ArtifactError, load, provenance, write
+from dmsae_lib.claims import judge
+from dmsae_lib.config import Run
+from dmsae_lib.core import READINGS, load_core, reading_members
+from dmsae_lib.results import validate
+from dmsae_lib.reviewers import answers
+
+Row = dict[str, Any]
+SCHEMA_VERSION = 1
+DIGITS = 6  # significant digits kept: beyond float32's own precision there is nothing to read
+WIDTH = 160  # columns of summary.json
+CYCLE_POINTS, RETRAIN_POINTS = 150, 20  # rows kept of each training history
+L0_PARTS = ("core", "non_core", "total")
+
+
+class Stages:
+    """The finished artefacts of a run, each opened (and verified) once."""
+
+    def __init__(self, run: Run):
+        self.run, self.opened = run, {}
+
+    def get(self, kind: str, folder: Path, parent: Artifact | None = None) -> Artifact:
+        """Open one; raises ArtifactError where it is missing, damaged, or made from another ``parent`` than today's."""
+        if folder not in self.opened:
+            self.opened[folder] = (kind, load(folder, kind))
+        artifact = self.opened[folder][1]
+        if parent and parent.hash not in artifact.parents.values():
+            raise ArtifactError(f"{folder} was made from another {parent.kind} than the one in {parent.folder}: "
+                                "run `make reproduce`, which makes it again.")
+        return artifact
+
+    def harvest(self) -> Artifact:
+        return self.get("harvest", self.run.folder / "harvest")
+
+    def cycle(self, cycle: int, chain: str = "main") -> tuple[Artifact, Artifact, Artifact]:
+        """SAE, attribution and core of one cycle, each made from the one before."""
+        before = self.cycle(cycle - 1, chain)[2] if cycle else self.harvest()
+        sae = self.get("sae", self.run.cycle(cycle, "sae", chain), before)
+        attribution = self.get("attribution", self.run.cycle(cycle, "attribution", chain), sae)
+        return sae, attribution, self.get("core", self.run.cycle(cycle, "core", chain), attribution)
+
+    def retrained(self) -> Iterable[tuple[int, str, int, Artifact]]:
+        for k in self.run.config.retrain.ks:
+            for arm, seed in self.run.config.retrain_arms(k):
+                yield k, arm, seed, self.get("sae", self.run.retrained(k, arm, seed), self.harvest())
+
+    def attributed(self, k: int) -> list[Row]:
+        """The SAEs retrained at ``k`` whose prefix 0 was attributed, with their curves of core size against coverage."""
+        index = self.get("retrain_index", self.run.folder / "retrain" / f"k{k}" / "index").json("index.json")
+        return [row for row in index["rows"] if "coverage_curve" in row]
+
+    def scores(self, k: int, arm: str, seed: int, sae: Artifact) -> Row | None:
+        folder = self.run.scores(k, arm, seed)
+        return self.get("scores", folder, sae).json("scores.json") if folder.exists() else None
+
+    def probing(self) -> Row | None:
+        folder = self.run.folder / "saebench" / "baselines"
+        return self.get("probing_baselines", folder).json("probing.json") if folder.exists() else None
+
+    def seconds(self) -> dict[str, float]:
+        """Wall clock of the notebooks by kind of stage, starting up included; those run by hand are not in it."""
+        total: dict[str, float] = {}
+        for path in sorted((self.run.folder / "notebooks").glob("*.json")):
+            first, *_, last = path.stem.split("_")
+            stage = first if first in ("harvest", "retrain", "saebench") else last
+            total[stage] = total.get(stage, 0.0) + json.loads(path.read_text())["seconds"]
+        return {stage: seconds for stage, seconds in total.items() if stage != "summary"}
+
+
+def readable(value: Any) -> Any:
+    """``value`` with every float rounded to six significant digits."""
+    if isinstance(value, dict):
+        return {key: readable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [readable(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def cycle_row(sae: Row, attribution: Row, core: Row, k: int) -> Row:
+    return {"cycle": sae["cycle"], "core_in": sae["core_in"], "core_out": core["size"], "kept": core["kept"],
+            "origins": core["origins"], "L0": {part: sae["L0"][part] for part in L0_PARTS},
+            "core_share": sae["L0"]["core"] / k, "dead": sae["dead"], "fvu": sae["fvu"],
+            "loss_recovered": sae["loss_recovered"],
+            "ranking_stability": {name: attribution["stability"][name] for name in ("spearman", "jaccard")},
+            "parent": core["parent"],
+            "aggregators": {name: entry["size"] for name, entry in attribution["aggregators"].items()}}
+
+
+def cycle_rows(stages: Stages, chain: str = "main") -> list[Row]:
+    config = stages.run.config
+    parts = [stages.cycle(t, chain) for t in range(config.distill.cycles + 1)]
+    return [cycle_row(sae.json("metrics.json"), attribution.json("record.json"), core.json("core.json"),
+                      config.training.k) for sae, attribution, core in parts]
+
+
+def saebench_numbers(scores: Row | None) -> Row | None:
+    """The numbers of core_eval, and mean probing accuracy per k, flat."""
+    if scores is None:
+        return None
+    probing = scores.get("sparse_probing") or {"mean": {}}
+    return scores["core_eval"] | {f"probe_top{k}": entry["accuracy"] for k, entry in probing["mean"].items()}
+
+
+def probing_numbers(probing: Row | None) -> Row | None:
+    """Mean accuracies of a dense probe, of the best single channel and of the majority class, over the probing sets."""
+    if not probing or not probing["sets"]:
+        return None
+    mean = probing["mean"]
+    return {"dense": mean["dense"]["accuracy"], "best_channel": mean["best_channel"]["accuracy"],
+            "majority": mean["majority"], "n_sets": len(probing["sets"])}
+
+
+def retrain_row(k: int, arm: str, seed: int, metrics: Row, scores: Row | None) -> Row:
+    return {"k": k, "core": arm, "seed": seed, "core_size": metrics["core_size"], "overlap": metrics["overlap"],
+            "L0": {part: metrics["L0"][part] for part in L0_PARTS}, "unbound": metrics["unbound"],
+            "fvu": metrics["fvu"]["full"], "loss_recovered": metrics["loss_recovered"]["full"],
+            "dead": metrics["dead"], "tokens": metrics["tokens"], "saebench": saebench_numbers(scores)}
+
+
+def lineage(stages: Stages) -> Row:
+    """core_lineage.json: every latent of the last core with its history, and which ids each cycle's core held."""
+    last = stages.run.config.distill.cycles
+    cores = [stages.cycle(t)[2].json("core.json") for t in range(last + 1)]
+    final = load_core(stages.cycle(last)[2])
+    readings = {name: [final.latents[i].id for i in reading_members(final, name)] for name in READINGS}
+    return {"config": stages.run.config.name, "latents": cores[-1]["latents"], "readings": readings,
+            "cycles": [{"cycle": core["cycle"], "ids": [latent["id"] for latent in core["latents"]]} for core in cores]}
+
+
+def _provenance(stages: Stages, harvest: Row) -> Row:
+    config = stages.run.config
+    here, made = provenance(0), stages.cycle(0)[0].provenance
+    commits = {artifact.provenance["commit"] for _, artifact in stages.opened.values()}
+    return {"commit": here["commit"], "dirty": here["dirty"], "stage_commits": sorted(c for c in commits if c),
+            "config_hash": config.hash, "seed": config.seed,
+            "model": {"name": harvest["model"]["name"], "hash": harvest["model"]["hash"]},
+            "data": {"source": harvest["data"]["source"], "hash": harvest["data"]["hash"]},
+            "versions": made["versions"], "hardware": made["hardware"], "threads": config.threads,
+            "seconds": stages.seconds()}
+
+
+def summarise(run: Run) -> Row:
+    """The content of summary.json (see the module's docstring), validated.
+
+    Raises ArtifactError where a stage is missing or was made from something else than what lies beside it now.
+    """
+    return _summarise(Stages(run))
+
+
+def _summarise(stages: Stages) -> Row:
+    config, harvest = stages.run.config, stages.harvest().json("record.json")
+    cycles, last = cycle_rows(stages), config.distill.cycles
+    retrained = [(k, arm, seed, sae.json("metrics.json"), stages.scores(k, arm, seed, sae))
+                 for k, arm, seed, sae in stages.retrained()]
+    sizes = {name: len(ids) for name, ids in lineage(stages)["readings"].items()}
+    first_sae = stages.cycle(0)[0].json("metrics.json")
+    chains = {chain.name: {"seed": chain.seed, "core_sparsity": chain.core_sparsity,
+                           "core_bias_init": chain.core_bias_init, "cycles": cycle_rows(stages, chain.name)}
+              for chain in config.distill.chains}
+    summary = readable({
+        "schema_version": SCHEMA_VERSION, "config": config.name, "provenance": _provenance(stages, harvest),
+        "sizes": {"d_in": harvest["model"]["d_model"], "d_sae": config.sae.d_sae, "k": config.training.k,
+                  "prefixes": first_sae["prefixes"], "n_cycles": last, "tokens_per_cycle": config.data.train_tokens,
+                  "batch_size": config.training.batch_size, "coverage": config.distill.coverage,
+                  "aggregator": config.distill.aggregator, "core_sparsity": config.training.core_sparsity,
+                  "core_bias_init": config.training.core_bias_init},
+        "language_model": {name: harvest[name] for name in ("clean_loss", "zero_loss", "scale")},
+        "cycles": cycles, "chains": chains,
+        "final_core": {"reading": config.distill.final_core, "size": sizes[config.distill.final_core], "sizes": sizes,
+                       "lineage": "core_lineage.json"},
+        "retrain": [retrain_row(*row) for row in retrained],
+        "heatmap": [{"arm": row["core"], "k": k, "seed": row["seed"], "coverage": share, "size": size,
+                     "candidates": row["candidates"]}
+                    for k in config.retrain.ks for row in stages.attributed(k) for share, size in row["coverage_curve"]],
+        "probing_baselines": probing_numbers(stages.probing())})
+    summary["claims"] = readable(judge(summary))
+    _, attribution, core = stages.cycle(last)
+    latents = core.json("core.json")["latents"]
+    selected = {latent["index"] for latent in latents}
+    others = [float(row["frequency"]) for row in attribution.csv("table.csv") if int(row["index"]) not in selected]
+    records = [stages.cycle(t)[1].json("record.json") for t in range(last + 1)]
+    summary["reviewers"] = readable(answers(summary, records, [latent["frequency"] for latent in latents], others))
+    validate(summary)
+    return summary
+
+
+def laid_out(value: Any, indent: int = 0, used: int = 0) -> str:
+    """JSON text that people can read: whatever fits within WIDTH columns stands on one line."""
+    line = json.dumps(value, allow_nan=False)
+    if used + len(line) <= WIDTH or not isinstance(value, dict | list):
+        return line
+    if isinstance(value, dict):
+        items = [f"{json.dumps(k)}: {laid_out(v, indent + 1, indent + len(k) + 5)}" for k, v in value.items()]
+    else:
+        items = [laid_out(item, indent + 1, indent + 1) for item in value]
+    pad = " " * (indent + 1)
+    return "\n".join([line[0], ",\n".join(pad + item for item in items), pad[1:] + line[-1]])
+
+
+def flat(row: Row, prefix: str = "") -> Row:
+    """Nested dictionaries as dotted columns; lists as text."""
+    columns: Row = {}
+    for key, value in row.items():
+        columns |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return columns
+
+
+def _thinned(rows: list[dict[str, str]], points: int) -> list[dict[str, str]]:
+    """About ``points`` of the rows of a history, evenly spaced, the last one included, at six digits."""
+    step = max(1, len(rows) // points)
+    return [{key: f"{float(text):.{DIGITS}g}" for key, text in row.items()} for row in rows[::-1][::step][::-1]]
+
+
+def tables(summary: Row, stages: Stages) -> dict[str, list[Row]]:
+    """The CSV files beside summary.json, by name."""
+    claims = [{"claim": name} | part for name, claim in summary["claims"].items() for part in claim["parts"]]
+    found = {"cycles.csv": summary["cycles"], "retrain.csv": summary["retrain"], "heatmap.csv": summary["heatmap"],
+             "claims.csv": claims}
+    found = {name: [flat(row) for row in rows] for name, rows in found.items()}
+    found["history_cycles.csv"] = [
+        {"cycle": t} | row for t in range(len(summary["cycles"]))
+        for row in _thinned(stages.cycle(t)[0].csv("history.csv"), CYCLE_POINTS)]
+    found["history_retrain.csv"] = [
+        {"k": k, "core": arm, "seed": seed} | row for k, arm, seed, sae in stages.retrained()
+        for row in _thinned(sae.csv("history.csv"), RETRAIN_POINTS)]
+    return {name: [dict.fromkeys(key for row in rows for key in row) | row for row in rows]
+            for name, rows in found.items() if rows}
+
+
+def write_summary(run: Run, more: dict[str, Any] | None = None) -> Path:
+    """Make the artefact ``runs/<run>/summary`` and return its folder; ``more``: further JSON files by name."""
+    stages = Stages(run)
+    summary = _summarise(stages)
+    folder = run.folder / "summary"
+    parents = {path.relative_to(run.folder).as_posix(): artifact.hash for path, (_, artifact) in stages.opened.items()}
+    with write(folder, "summary", parents) as writer:
+        for name, content in {"summary.json": summary, "core_lineage.json": readable(lineage(stages)), **readable(more or {})}.items():
+            writer.path(name).write_text(laid_out(content) + "\n", encoding="utf-8")
+        for name, rows in tables(summary, stages).items():
+            writer.csv(name, rows)
+    return folder

@@ -1,0 +1,205 @@
+"""status, compare, publish, figures and clean, on a synthetic run that is complete."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import factory
+import pytest
+from clone import write_notebook
+
+from dmsae_lib import manage
+from dmsae_lib.artifacts import UserError, write
+from dmsae_lib.config import Run
+from dmsae_lib.plan import stages, write_plan
+from dmsae_lib.run_lock import lock
+from dmsae_lib.summary import write_summary
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    """A repository's folder around one complete run."""
+    root = tmp_path_factory.mktemp("manage") / "a clone"
+    for stage in stages(factory.config()):
+        write_notebook(root / "notebooks" / f"{stage.notebook}.ipynb")
+    (root / "configs").mkdir()
+    run = factory.build_run(root)
+    write_plan(run)
+    for stage in stages(run.config):
+        if stage.artefact.endswith("index"):
+            with write(run.folder / stage.artefact, "index"):
+                pass
+        write_notebook(run.folder / "notebooks" / f"{stage.name}.ipynb", "1")
+    write_summary(run, {})
+    for n, stage in enumerate(stages(run.config)):
+        os.utime(run.folder / stage.artefact / "manifest.json", (2e9 + n, 2e9 + n))
+    return root
+
+
+@pytest.fixture
+def run(template, tmp_path) -> Run:
+    root = tmp_path / "a clone"
+    shutil.copytree(template, root)
+    return Run(factory.config(), "synthetic", root)
+
+
+@pytest.fixture
+def one_figure(monkeypatch) -> None:
+    """Draw one file in place of all figures, which take seconds."""
+    monkeypatch.setattr("dmsae_lib.plots.draw_all", lambda results, figures: (figures / "one.png").write_text("1"))
+
+
+def published_files(run: Run) -> dict[str, bytes]:
+    folders = (run.root / "results", run.root / "figures")
+    return {str(path.relative_to(run.root)): path.read_bytes()
+            for folder in folders for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+
+
+def states(run: Run) -> dict[str, str]:
+    return {stage.name: manage.stage_state(run, stage) for stage in stages(run.config)}
+
+
+def test_status_gives_the_state_and_its_reason(run, capsys):
+    assert set(states(run).values()) == {"present"}
+    shutil.rmtree(run.folder / "cycle_3" / "core")
+    (run.folder / "notebooks" / "retrain_k24.ipynb").unlink()
+    (run.folder / "params" / "harvest.json").write_text("{}")
+    os.utime(run.root / "notebooks" / "06_saebench.ipynb", (3e9, 3e9))
+    found = states(run)
+    assert found["cycle_3_distill"] == "missing" and found["cycle_4_train"] == "stale: cycle_3/core is newer"
+    assert found["harvest"] == "stale: parameters changed"
+    assert found["retrain_k24"] == "stale: its notebook did not run to the end"
+    assert found["saebench_k32"] == "stale: notebook changed" and found["cycle_0_train"] == "present"
+    before = sorted(run.folder.rglob("*"))
+    manage.status(run)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "runs/synthetic" and lines[1].split()[:2] == ["stage", "state"]
+    assert len(lines) == 2 + len(found) and "unknown (no git history)" in lines[2]
+    assert sorted(run.folder.rglob("*")) == before
+
+
+def test_status_tells_which_code_made_a_stage(run, monkeypatch):
+    def git(*words: str) -> str:
+        names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *names, *words], cwd=run.root, check=True, capture_output=True, text=True).stdout
+
+    (run.root / "dmsae_lib").mkdir()
+    (run.root / "dmsae_lib" / "sae.py").write_text("1")
+    git("init", "-q")
+    git("add", "dmsae_lib", "notebooks")
+    git("commit", "-q", "-m", "one")
+    commit = git("rev-parse", "HEAD").strip()
+    harvest = stages(run.config)[0]
+
+    def code(**provenance) -> str:
+        path = run.folder / "harvest" / "provenance.json"
+        path.write_text(json.dumps({"created": "2026-01-02T03:04:05+00:00", "seconds": 1.5} | provenance))
+        manage.code_state.cache_clear()
+        return manage.made_by(run, harvest)
+
+    assert code(commit=commit, dirty=False) == ("2026-01-02 03:04", "1.5", "same as now")
+    assert code(commit=commit, dirty=True)[2] == f"{commit[:8]} with uncommitted changes"
+    (run.root / "README.md").write_text("unrelated")
+    git("add", "README.md")
+    git("commit", "-q", "-m", "two")
+    assert code(commit=commit, dirty=False)[2] == "same as now"
+    (run.root / "dmsae_lib" / "sae.py").write_text("2")
+    assert code(commit=commit, dirty=False)[2] == f"other: {commit[:8]}"
+    assert code(commit="0" * 40, dirty=False)[2] == "other: 00000000"
+
+
+def test_publish_copies_summary_and_notebooks_and_draws_the_figures(run, capsys):
+    manage.publish(run)
+    files = published_files(run)
+    for name in ("summary.json", "manifest.json", "cycles.csv", "notebooks/cycle_7_distill.ipynb"):
+        assert f"results/synthetic/{name}" in files
+    assert any(name.endswith(".png") for name in files) and not any("/." in name for name in files)
+    assert files["results/synthetic/summary.json"] == (run.folder / "summary" / "summary.json").read_bytes()
+    assert "published runs/synthetic" in capsys.readouterr().out
+    shutil.rmtree(run.root / "figures")
+    manage.figures(run)
+    assert published_files(run) == files
+
+
+def test_publish_is_all_or_nothing(run, one_figure, monkeypatch):
+    manage.publish(run)
+    before = published_files(run)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dmsae_lib.plots.draw_all", full)
+        with pytest.raises(UserError, match="the disk is full"):
+            manage.publish(run)
+    assert published_files(run) == before
+
+    moves, move = [], os.replace
+
+    def fourth_fails(old: Path, new: Path) -> None:
+        moves.append(new)
+        full() if len(moves) == 4 else move(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dmsae_lib.plots.draw_all", lambda results, figures: (figures / "one.png").write_text("2"))
+        patch.setattr(manage.os, "replace", fourth_fails)
+        with pytest.raises(UserError, match="the disk is full"):
+            manage.publish(run)
+    assert moves[3] == run.root / "figures" / "synthetic" and published_files(run) == before
+
+
+def test_publish_refuses_a_run_that_is_incomplete_damaged_or_of_another_name(run, one_figure):
+    other = Run(run.config, "synthetic--1234abcd", run.root)
+    with pytest.raises(UserError, match="not the plain run of synthetic: say with AS=name"):
+        manage.publish(other)
+    with pytest.raises(UserError, match="AS is '../x'"):
+        manage.publish(run, "../x")
+    (run.folder / "summary" / "cycles.csv").write_text("broken")
+    with pytest.raises(UserError, match="cycles.csv does not match its hash"):
+        manage.publish(run)
+    (run.folder / "notebooks" / "summary.ipynb").unlink()
+    with pytest.raises(UserError, match="not complete .summary is stale"):
+        manage.publish(run)
+    assert published_files(run) == {}
+
+
+def test_compare_passes_on_the_same_run_and_names_what_differs(run, one_figure, capsys):
+    assert manage.compare(run) == 0
+    assert "Nothing is published for synthetic" in capsys.readouterr().out
+    manage.publish(run)
+    capsys.readouterr()
+    assert manage.compare(run) == 0
+    said = capsys.readouterr().out
+    assert "0 beyond it" in said and "differs" not in said and "claims.C1" in said
+    path = run.root / "results" / "synthetic" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["claims"]["C1"]["verdict"] = "holds" if summary["claims"]["C1"]["verdict"] != "holds" else "does not hold"
+    summary["language_model"]["clean_loss"] += 1
+    path.write_text(json.dumps(summary))
+    assert manage.compare(run) == 1
+    marked = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("<- differs")]
+    assert marked == ["language_model.clean_loss", "claims.C1"]
+
+
+def test_clean_names_what_it_removes_and_touches_nothing_else(run, one_figure, capsys):
+    manage.publish(run)
+    before = published_files(run)
+    capsys.readouterr()
+    manage.clean(run)
+    said = capsys.readouterr().out
+    assert "removing runs/synthetic/cycle_0 (" in said and not run.folder.exists()
+    assert published_files(run) == before
+    manage.clean(run)
+    assert capsys.readouterr().out == "there is no runs/synthetic: nothing to remove\n"
+
+
+def test_clean_and_publish_leave_a_run_alone_that_is_being_computed(run):
+    held = lock(run)
+    for action in (manage.clean, manage.publish):
+        with pytest.raises(UserError, match="is in use by process"):
+            action(run)
+    os.close(held)
+    assert run.folder.exists() and not published_files(run)

@@ -1,0 +1,188 @@
+"""The summary of a synthetic run: known rows, schema, comparison with a published one."""
+
+import copy
+import csv
+import json
+import shutil
+
+import factory
+import pytest
+
+from dmsae_lib.artifacts import ArtifactError, UserError, load, write
+from dmsae_lib.config import Chain
+from dmsae_lib.results import TOLERANCES, Results, compare, validate
+from dmsae_lib.summary import laid_out, readable, summarise, write_summary
+
+SMALL = factory.config(cycles=2, ks=(48, 64), seeds=(0, 1), controls={"random": 2, "most_frequent": 1})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return factory.build_run(tmp_path_factory.mktemp("summary"), factory.config(ks=(48, 64, 96)))
+
+
+@pytest.fixture(scope="module")
+def summary(run):
+    return summarise(run)
+
+
+@pytest.fixture
+def small(tmp_path):
+    return factory.build_run(tmp_path, SMALL, scored=False)
+
+
+def test_cycles_and_final_core(summary):
+    validate(summary)
+    assert [row["core_out"] for row in summary["cycles"]] == factory.SIZES
+    assert [row["core_in"] for row in summary["cycles"]] == [0, *factory.SIZES[:-1]]
+    last = summary["cycles"][-1]
+    assert last["kept"] == 108 and last["origins"]["2"] == 23 and last["core_share"] == pytest.approx(49 / 64, rel=1e-5)
+    assert last["fvu"]["full"] == 0.2205 and last["loss_recovered"]["prefix0"] == 0.93
+    assert summary["cycles"][0]["parent"] is None and len(last["parent"]) == 64
+    sizes = {"all_of_last": 112, "last_two": 108, "every_since_first": 108, "alive_since_0": 23}
+    assert summary["final_core"] == {"reading": "last_two", "size": 108, "sizes": sizes, "lineage": "core_lineage.json"}
+
+
+def test_retrain_rows(summary):
+    assert len(summary["retrain"]) == 3 * 2 * 3 + sum(factory.CONTROLS.values())
+    row = next(r for r in summary["retrain"] if (r["k"], r["core"], r["seed"]) == (64, "distilled", 2))
+    assert row["loss_recovered"] == pytest.approx(factory.loss_recovered("distilled", row["L0"]["total"], 2), rel=1e-5)
+    assert row["saebench"]["probe_top1"] == pytest.approx(factory.probe("distilled", 64.32, 1) + 0.004, rel=1e-5)
+    assert {(r["k"], r["unbound"]) for r in summary["retrain"] if r["core"] == "distilled"} == {
+        (48, True), (64, False), (96, False)}
+    assert summary["probing_baselines"] == {"dense": 0.93, "best_channel": 0.72, "majority": 0.5, "n_sets": 2}
+    assert {row["arm"] for row in summary["heatmap"]} == {"none", "distilled"}
+
+
+def test_claims_and_answers_of_the_known_effects(summary):
+    claims = summary["claims"]
+    assert {name: claim["verdict"] for name, claim in claims.items()} == {
+        "C1": "not decidable", "C2": "not decidable", "C3": "not decidable", "C4": "not decidable",
+        "C5": "does not hold"}
+    gap = factory.EFFECT["distilled"] - factory.EFFECT["random"]
+    assert claims["C4"]["value"] == pytest.approx(gap, abs=1e-6) and claims["C4"]["n"] == 3
+    assert claims["C5"]["value"] == pytest.approx(-0.017, abs=1e-5)
+    assert claims["C1"]["value"] == pytest.approx(5 / 105, rel=1e-5) and claims["C1"]["interval"] is None
+    answers = summary["reviewers"]
+    assert answers["R5"]["numbers"]["distilled_minus_most_frequent"]["mean"] == pytest.approx(0.001, abs=1e-6)
+    assert answers["R4"]["numbers"]["core"]["n"] == 112 and answers["R4"]["numbers"]["core"]["min"] == 0.2
+    assert answers["R3"]["numbers"]["longer_fresh"]["tokens"] == 2_400_000
+    assert answers["R10"]["numbers"][-1]["aggregators"]["abs_mean"]["size"] == 56
+    row = next(n for n in answers["R1"]["numbers"] if (n["core"], n["k"]) == ("random_directions", 64))
+    assert row["n"] == 1 and row["L0"]["core"] == 52
+
+
+def test_published_files_tell_the_same(run, tmp_path):
+    folder = write_summary(run)
+    results = Results(folder)
+    assert [int(row["core_out"]) for row in results.table("cycles.csv")] == factory.SIZES
+    assert len(results.table("retrain.csv")) == len(results.summary["retrain"])
+    assert {int(row["cycle"]) for row in results.table("history_cycles.csv")} == set(range(8))
+    assert float(results.table("history_cycles.csv")[-1]["tokens"]) == 292 * 1024  # the last row is kept
+    lineage = json.loads((folder / "core_lineage.json").read_text())
+    assert len(lineage["latents"]) == 112 and len(lineage["readings"]["last_two"]) == 108
+    assert [len(core["ids"]) for core in lineage["cycles"]] == factory.SIZES
+    assert len((folder / "summary.json").read_text().splitlines()) < 1500
+    with open(folder / "claims.csv", newline="") as handle:
+        assert {row["claim"] for row in csv.DictReader(handle)} == {"C1", "C2", "C3", "C4", "C5"}
+
+
+def test_a_run_without_scores_is_summarised(small):
+    summary = summarise(small)
+    assert all(row["saebench"] is None for row in summary["retrain"]) and summary["probing_baselines"] is None
+    assert summary["claims"]["C3"]["value"] is None
+
+
+def test_chains_enter_the_claims_about_the_core(tmp_path):
+    chain = SMALL.distill.model_copy(update={"chains": [Chain(name="again", seed=1)]})
+    config = SMALL.model_copy(update={"distill": chain})
+    summary = summarise(factory.build_run(tmp_path, config, scored=False))
+    assert summary["claims"]["C1"]["n"] == 2 and len(summary["chains"]["again"]["cycles"]) == 3
+
+
+def test_a_stage_made_from_something_else_is_refused(small):
+    old = load(small.cycle(1, "attribution"), "attribution")
+    with write(old.folder, "attribution", old.parents) as again:
+        again.json("record.json", old.json("record.json") | {"candidates": 1})
+        again.csv("table.csv", old.csv("table.csv"))
+    with pytest.raises(ArtifactError, match="cycle_1/core was made from another attribution .*make reproduce"):
+        summarise(small)
+
+
+def test_scores_of_another_sae_are_refused(small):
+    with write(small.scores(64, "distilled", 0), "scores", {"sae": "0" * 64}) as scores:
+        scores.json("scores.json", {})
+    with pytest.raises(ArtifactError, match="distilled-seed0 was made from another sae"):
+        summarise(small)
+
+
+def test_a_missing_stage_is_named(small):
+    shutil.rmtree(small.cycle(1, "attribution"))
+    with pytest.raises(ArtifactError, match="no attribution artefact .*cycle_1"):
+        summarise(small)
+
+
+def spoilt(path, value=None):
+    """A function that sets (or, without a value, deletes) what a dotted path names in a summary."""
+    def spoil(summary):
+        *parents, last = (int(p) if p.isdigit() else p for p in path.split("."))
+        for key in parents:
+            summary = summary[key]
+        if value is None:
+            del summary[last]
+        else:
+            summary[last] = value
+    return spoil
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (spoilt("cyclse", []), "cyclse"), (spoilt("claims.C2"), "C2"), (spoilt("claims.C1.verdict", "true"), "verdict"),
+    (spoilt("cycles.0.L0.noncore", 3), "noncore"), (spoilt("cycles.3"), "one row per cycle, 0 to 7"),
+    (spoilt("cycles.2.origins.0", 1), "core_out in cycle 2"), (spoilt("retrain.0.core", "destilled"), "destilled"),
+    (spoilt("retrain.0.seed", 1), "same k, core and seed"), (spoilt("retrain.0.L0.total", 10.0), "not the sum"),
+    (spoilt("provenance.seconds.train", "2 s"), "seconds"), (spoilt("reviewers.R4"), "R4"),
+    (spoilt("claims.C4.interval", [0.1]), "interval"), (spoilt("sizes.n_cycles", 0), "n_cycles")])
+def test_schema_refuses(summary, spoil, message):
+    broken = copy.deepcopy(summary)
+    spoil(broken)
+    with pytest.raises(UserError, match=message):
+        validate(broken)
+
+
+def test_compare_finds_nothing_in_an_equal_run(summary):
+    rows = compare(copy.deepcopy(summary), summary)
+    assert len(rows) > 100 and all(row["ok"] for row in rows)
+    assert {row["difference"] for row in rows if row["tolerance"] is not None} == {0}
+
+
+def test_compare_finds_changed_numbers_verdicts_and_rows(summary):
+    fresh = copy.deepcopy(summary)
+    fresh["cycles"][7]["core_out"] += 20
+    fresh["cycles"][7]["loss_recovered"]["full"] += 0.9 * TOLERANCES["loss_recovered"][0]
+    fresh["claims"]["C5"]["verdict"] = "holds"
+    gone = fresh["retrain"].pop()
+    rows = {row["metric"]: row for row in compare(fresh, summary)}
+    changed = {name for name, row in rows.items() if not row["ok"]}
+    place = f"retrain[k={gone['k']}, {gone['core']}, seed {gone['seed']}]"
+    assert {"cycles[7].core_out", "claims.C5", f"{place}.fvu"} <= changed
+    assert all(name.startswith(place) for name in changed - {"cycles[7].core_out", "claims.C5"})
+    assert rows["cycles[7].core_out"]["difference"] == 20
+    assert rows["cycles[7].core_out"]["tolerance"] == pytest.approx(11.2)
+    assert rows["cycles[7].loss_recovered"]["ok"] and rows["cycles[7].loss_recovered"]["difference"] > 0
+    assert rows[f"{place}.fvu"]["fresh"] is None
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, "make reproduce"), ("{", "not valid JSON"), ("{}", "does not follow its schema")])
+def test_broken_results_are_one_sentence(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        Results(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_layout_is_json_and_rounding_keeps_six_digits():
+    value = readable({"a": 0.123456789, "b": [1, 2.0, {"c": None, "d": True}], "long": ["word" * 9] * 30, "empty": []})
+    assert json.loads(laid_out(value)) == value and value["a"] == 0.123457 and value["b"][0] == 1
+    assert max(map(len, laid_out(value).splitlines())) <= 160
