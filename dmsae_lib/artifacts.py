@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -61,32 +62,48 @@ def hash_json(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON through a temporary file, so that a reader sees the old text or the new one. NaN is refused."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(path.name + ".tmp")
-    with _explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as handle:
-            json.dump(value, handle, indent=1, allow_nan=False)
-            handle.write("\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+    with explain_os_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "w", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+REASONS = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again",
+    errno.EFBIG: "the file size limit is reached: raise it (ulimit -f) and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+    errno.EACCES: "there is no permission to write there: change the folder's permissions or the run's place",
+    errno.EPERM: "there is no permission to write there: change the folder's permissions or the run's place",
+    errno.EROFS: "the file system is read-only: clone the repository to a place that can be written",
+}
+
+
+def _error_number(error: Exception) -> int | None:
+    """The error number of a failed write, also where safetensors (in its text) or numpy (nowhere) put it."""
+    if isinstance(error, OSError):
+        return errno.ENOSPC if error.errno is None and "written" in str(error) else error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
 
 
 @contextlib.contextmanager
-def _explain_os_errors(path: Path) -> Iterator[None]:
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn the failures of writing to ``path`` that the user can mend into one sentence, a UserError."""
     try:
         yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full: free some space and run the same command again",
-            errno.EFBIG: "the file size limit is reached: raise it (ulimit -f) and run the same command again",
-            errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-            errno.EACCES: "there is no permission to write there: change the folder's permissions or the run's place",
-            errno.EPERM: "there is no permission to write there: change the folder's permissions or the run's place",
-            errno.EROFS: "the file system is read-only: clone the repository to a place that can be written",
-        }
-        if error.errno in reasons:
-            raise UserError(f"Cannot write {path}: {reasons[error.errno]}.") from error
+    except Exception as error:
+        if reason := REASONS.get(_error_number(error)):
+            raise UserError(f"Cannot write {path}: {reason}.") from error
         raise
 
 
@@ -167,7 +184,8 @@ def write(folder: Path, kind: str, parents: dict[str, str] | None = None) -> Ite
     temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("writing", "old"))
     started = time.perf_counter()
     try:
-        with _explain_os_errors(folder):
+        with explain_os_errors(folder):
+            _recover(folder, old)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield Writer(temporary)
@@ -179,13 +197,19 @@ def write(folder: Path, kind: str, parents: dict[str, str] | None = None) -> Ite
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
-            shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 os.replace(folder, old)
             os.replace(temporary, folder)
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _recover(folder: Path, old: Path) -> None:
+    """After a kill between the two renames of `write` the previous artefact is still whole: put it back."""
+    if not folder.exists() and old.exists():
+        os.replace(old, folder)
 
 
 def remove(folder: Path) -> None:
@@ -217,7 +241,11 @@ class Artifact:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        return self.json("provenance.json")
+        try:
+            return self.json("provenance.json")
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{self.folder} is damaged (provenance.json cannot be read): delete that folder and run "
+                                "`make reproduce`.") from error
 
 
 def load(folder: Path, kind: str, made_by: str = "") -> Artifact:
@@ -228,9 +256,7 @@ def load(folder: Path, kind: str, made_by: str = "") -> Artifact:
     """
     folder = Path(folder)
     remedy = f"run `make {made_by}`" if made_by else "run `make reproduce`, which makes what is missing"
-    old = folder.with_name(f".{folder.name}.old")
-    if not folder.exists() and old.exists():
-        os.replace(old, folder)  # killed between the two renames of `write`: the previous one is still whole
+    _recover(folder, folder.with_name(f".{folder.name}.old"))
     if not (folder / "manifest.json").is_file():
         raise ArtifactError(f"There is no {kind} artefact in {folder}: {remedy}.")
     damaged = f"{folder} is damaged ({{}}): delete that folder and {remedy}."

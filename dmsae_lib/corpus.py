@@ -7,6 +7,7 @@ near a quarter of the embedded texts occur in several labelled sets, so a split 
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dmsae_lib.artifacts import UserError
 from dmsae_lib.config import DataConfig
 
 SPLITS = ("train", "select", "test")
+BETWEEN = re.compile(r"\n\s*\n|<\|endoftext\|>")  # what separates documents in a .txt file
 HELD_OUT = 0.03  # share of the documents in each of select and test
 LEFT_OUT = ("hate", "toxic", "spam")  # labelled sets of the wheel whose texts are not shown or learned from
 
@@ -68,20 +70,53 @@ def embedded_texts() -> list[str]:
 
 
 def _file_texts(path: Path, field: str) -> Iterator[str]:
+    """The documents of one .txt or .jsonl file, or of all of them in a folder, in the order of their names."""
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"data.source is {path}: that folder holds no .txt or .jsonl file.")
+    if not files or files[0].suffix not in (".txt", ".jsonl"):
+        raise UserError(f"data.source is {path}: it holds no .txt or .jsonl file; give one, or a folder of them.")
     for file in files:
-        if file.suffix == ".txt":  # documents are separated by blank lines
-            yield from (block for block in file.read_text(encoding="utf-8").split("\n\n") if block.strip())
-            continue
-        with open(file, encoding="utf-8") as handle:
-            for number, line in enumerate(handle, 1):
-                try:
-                    yield json.loads(line)[field]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(f"data.source: line {number} of {file} is not a JSON object with the text field "
-                                    f"{field!r}: mend the line or set data.text_field.") from error
+        try:
+            if file.suffix == ".txt":
+                yield from (block for block in BETWEEN.split(file.read_text(encoding="utf-8")) if block.strip())
+            else:
+                yield from _json_lines(file, field)
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.source: {file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it.") from error
+        except OSError as error:
+            raise UserError(f"data.source: {file} cannot be read ({error.strerror}); see to its permissions.") from error
+
+
+def _json_lines(file: Path, field: str) -> Iterator[str]:
+    with open(file, encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise UserError(f"data.source: line {number} of {file} is not a JSON object with the text field {field!r}; "
+                                "mend the line or set data.text_field.")
+            yield row[field]
+
+
+def _hub_texts(data: DataConfig) -> Iterator[str]:
+    """The documents of a Hub data set, streamed."""
+    import datasets
+
+    remedy = "check the name, data.subset, data.split and the network, or download it and give the folder"
+    try:
+        for row in datasets.load_dataset(data.source, data.subset, split=data.split, streaming=True):
+            if not isinstance(row.get(data.text_field), str):
+                raise UserError(f"data.text_field is {data.text_field}: the rows of {data.source} hold {', '.join(row)}; name "
+                                "the one with the text.")
+            yield row[data.text_field]
+    except UserError:
+        raise
+    except Exception as error:  # the Hub client raises a dozen kinds, from DNS to gated repositories
+        raise UserError(f"data.source is {data.source}: neither a local path nor a Hub data set that can be read "
+                        f"({type(error).__name__}); {remedy}.") from error
 
 
 def documents(data: DataConfig) -> Iterable[str]:
@@ -92,15 +127,8 @@ def documents(data: DataConfig) -> Iterable[str]:
     if path.exists():
         return _file_texts(path, data.text_field)
     if data.source.startswith((".", "/", "~")) or path.suffix in (".txt", ".jsonl"):
-        raise UserError(f"data.source is {data.source}: there is no such file or folder.")
-    import datasets
-
-    try:
-        stream = datasets.load_dataset(data.source, data.subset, split=data.split, streaming=True)
-    except Exception as error:  # the Hub client raises a dozen kinds, from DNS to gated repositories
-        raise UserError(f"data.source is {data.source}: neither a local path nor a Hub data set that can be reached "
-                        f"({type(error).__name__}).") from error
-    return (row[data.text_field] for row in stream)
+        raise UserError(f"data.source is {data.source}: there is no such file or folder; correct the path.")
+    return _hub_texts(data)
 
 
 def split_documents(texts: Iterable[str]) -> dict[str, list[str]]:
@@ -133,14 +161,14 @@ class ContextBuilder:
 
     def __init__(self, context_size: int, packing: str, bos: int):
         self.size, self.packing, self.bos = context_size, packing, bos
-        self.rows: list[list[int]] = []
+        self.rows: list[np.ndarray] = []  # a Python list would take nine times the memory
         self.current: list[int] = [bos]
         self.usable = 0
 
     def _close(self) -> None:
         if len(self.current) > 1:
-            self.rows.append(self.current)
-            self.usable += sum(token != self.bos for token in self.current)
+            self.rows.append(np.array(self.current, dtype=np.int32))
+            self.usable += len(self.current) - self.current.count(self.bos)
         self.current = [self.bos]
 
     def add(self, tokens: list[int]) -> None:
@@ -151,13 +179,14 @@ class ContextBuilder:
             return
         if len(self.current) > 1:
             self.current.append(self.bos)  # a boundary inside the row
-        while tokens:
-            room = self.size - len(self.current)
-            self.current += tokens[:room]
-            tokens = tokens[room:]
+        start = 0
+        while start < len(tokens):
+            stop = start + self.size - len(self.current)
+            self.current += tokens[start:stop]
+            start = stop
             if len(self.current) == self.size:
                 self._close()
-        if len(self.current) == self.size:
+        if len(self.current) == self.size:  # an empty document's boundary filled the row
             self._close()
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -191,8 +220,8 @@ def tokenise(data: DataConfig, tokenizer: Any, context_size: int) -> dict[str, d
     for name, builder in builders.items():
         builder._close()
         if builder.usable < wanted[name]:
-            raise UserError(f"data.source {data.source} is too short: its {name} split holds {builder.usable} tokens and "
-                            f"{wanted[name]} are asked for; give more text or lower data.{name}_tokens.")
+            raise UserError(f"data.{name}_tokens asks for {wanted[name]} tokens but the {name} split of {data.source} holds "
+                            f"{builder.usable}; lower it, or give more text (documents go to the splits by their hash).")
     return {name: dict(zip(("tokens", "lengths"), builders[name].arrays())) for name in SPLITS}
 
 

@@ -21,41 +21,40 @@ from dmsae_lib.config import ModelConfig
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
-def resolve(name: str) -> str:
-    """The local folder of an embedded or local model, or the Hub id as it stands. Raises UserError if neither."""
-    if (EMBEDDED / name / "config.json").is_file():
-        return str(EMBEDDED / name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model.name is {name}: that folder holds no config.json, so it is not in Hub format.")
-        return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name is {name}: there is no such folder.")
-    if "/" not in name:
-        known = ", ".join(sorted(p.name for p in EMBEDDED.iterdir() if (p / "config.json").is_file()))
-        raise UserError(f"model.name is {name}: neither an embedded model ({known}), nor a folder, nor a Hub id (owner/name).")
-    return name
+def resolve(name: str) -> Path:
+    """The folder of an embedded, local or Hub model, whose files are downloaded where the cache has none of them.
 
-
-def _files(source: str) -> list[Path]:
-    """The files that define a model, downloading a Hub model's where they are not in the cache."""
-    folder = Path(source)
+    Raises UserError where there is no such model, or its folder lacks config.json or safetensors weights.
+    """
+    folder = EMBEDDED / name if (EMBEDDED / name / "config.json").is_file() else Path(name).expanduser()
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(f"model.name is {name}: there is no such folder; correct the path.")
+        if "/" not in name:
+            known = ", ".join(sorted(p.parent.name for p in EMBEDDED.glob("*/config.json")))
+            raise UserError(f"model.name is {name}: give an embedded model ({known}), a folder, or a Hub id (owner/name).")
+        folder = _download(name)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.name is {name}: that folder holds no config.json; give a model in Hub format.")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model.name is {name}: that folder holds no .safetensors file; put the weights there in that format.")
+    return folder
 
-        try:
-            folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-        except Exception as error:  # the Hub client raises a dozen kinds, from DNS to gated repositories
-            raise UserError(f"model.name is {source}: the Hub did not give it ({type(error).__name__}): check the name, the "
-                            "network, and for a gated model that you are logged in (HF_TOKEN).") from error
-    return sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model"))
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]))
+    except Exception as error:  # the Hub client raises a dozen kinds, from DNS to gated repositories
+        raise UserError(f"model.name is {name}: there is no such folder and the Hub did not give it ({type(error).__name__}); "
+                        "check the name, the network, and for a gated model that you are logged in (HF_TOKEN).") from error
 
 
-def model_hash(name: str) -> str:
+def model_hash(folder: Path) -> str:
     """sha256 over the names and contents of the model's configuration, weight and tokenizer files."""
     digest = hashlib.sha256()
-    for path in _files(resolve(name)):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
         digest.update(f"{path.name}\0{sha256_file(path)}\0".encode())
     return digest.hexdigest()
 
@@ -67,22 +66,26 @@ def choose_device(device: str) -> str:
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer; UserError if there is none or it has no BOS token."""
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer; UserError if there is none or it has neither BOS nor EOS token."""
     from transformers import AutoTokenizer
 
+    remedy = "put its tokenizer.json and tokenizer_config.json beside the weights"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"model.name is {name}: it has no tokenizer that can be loaded ({type(error).__name__}); "
-                        "put tokenizer.json and tokenizer_config.json beside the weights.") from error
-    if len(tokenizer) < 3:
-        raise UserError(f"model.name is {name}: it has no tokenizer; put tokenizer.json beside the weights.")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # missing files, broken JSON and missing packages each raise another kind
+        raise UserError(f"model.name: {folder} has no tokenizer that can be loaded ({_first_line(error)}); {remedy}.") from error
+    if len(tokenizer) < 3:  # without files, transformers makes up an empty one
+        raise UserError(f"model.name: {folder} has no tokenizer; {remedy}.")
     if tokenizer.bos_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"model.name is {name}: its tokenizer has neither a BOS nor an EOS token to start contexts with.")
+            raise UserError(f"model.name: the tokenizer of {folder} has neither a BOS nor an EOS token to start contexts "
+                            "with; name one in its tokenizer_config.json.")
         tokenizer.bos_token = tokenizer.eos_token  # GPT-2 and NeoX have one token for both
     return tokenizer
 
@@ -92,38 +95,63 @@ class LanguageModel:
 
     def __init__(self, config: ModelConfig, device: str = "cpu"):
         """Raises UserError for a model, tokenizer, hook or context size that does not fit."""
-        from transformer_lens.model_bridge import TransformerBridge
-
         self.config, self.device, self.hook_name = config, device, config.hook_name
-        self.folder_or_id = resolve(config.name)
-        self.hash = model_hash(config.name)
-        self.tokenizer = load_tokenizer(config.name)
+        self.folder = resolve(config.name)
+        self.hash = model_hash(self.folder)
         self.layer = int(config.hook_name.split(".")[1])
-        self._check_config()
-        try:
-            self.bridge = TransformerBridge.boot_transformers(
-                self.folder_or_id, device=device, dtype=getattr(torch, config.dtype), tokenizer=self.tokenizer,
-                trust_remote_code=config.trust_remote_code,
-            )  # fmt: skip
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"model.name is {config.name}: it could not be loaded ({first[:200]}).") from error
+        vocabulary = self._check_config()
+        self.tokenizer = load_tokenizer(self.folder, config.trust_remote_code)
+        if len(self.tokenizer) > vocabulary:
+            raise UserError(f"model.name is {config.name}: its tokenizer has {len(self.tokenizer)} tokens but its model only "
+                            f"{vocabulary}; put the tokenizer beside it that the model was trained with.")
+        self.bridge = self._load()
         self.bridge.eval().requires_grad_(False)
         self.d_model: int = self.bridge.cfg.d_model
         self.n_layers: int = self.bridge.cfg.n_layers
         self.bos: int = self.tokenizer.bos_token_id
 
-    def _check_config(self) -> None:
+    def _check_config(self) -> int:
+        """Hold hook and context size against config.json, before the weights are read; returns the vocabulary's size."""
         from transformers import AutoConfig
 
-        hub = AutoConfig.from_pretrained(self.folder_or_id, trust_remote_code=self.config.trust_remote_code)
-        if self.layer >= hub.num_hidden_layers:
-            raise UserError(f"model.hook_name is {self.hook_name}: {self.config.name} has only {hub.num_hidden_layers} "
-                            f"layers, so the last hook is blocks.{hub.num_hidden_layers - 1}.hook_resid_post.")
+        name = self.config.name
+        try:
+            hub = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.config.trust_remote_code).get_text_config()
+            layers, vocabulary = hub.num_hidden_layers, hub.vocab_size
+        except Exception as error:  # broken JSON, an architecture of another transformers release, no language model
+            raise UserError(f"model.name is {name}: its config.json is not that of a causal language model that can be loaded "
+                            f"({_first_line(error)}); get its files again, or choose another model.") from error
+        if self.layer >= layers:
+            raise UserError(f"model.hook_name is {self.hook_name}: {name} has only {layers} layers; the last hook is "
+                            f"blocks.{layers - 1}.hook_resid_post.")
         limit = getattr(hub, "max_position_embeddings", None)
         if limit and self.config.context_size > limit:
-            raise UserError(f"model.context_size is {self.config.context_size}: {self.config.name} was made for at most "
-                            f"{limit} tokens; lower it.")
+            raise UserError(f"model.context_size is {self.config.context_size}: {name} was made for at most {limit} tokens; "
+                            "lower it.")
+        return vocabulary
+
+    def _load(self) -> Any:
+        """The weights by transformers, which says what it did not find; the hooks by TransformerLens."""
+        from transformer_lens.model_bridge import TransformerBridge
+        from transformers import AutoModelForCausalLM
+
+        name, dtype = self.config.name, getattr(torch, self.config.dtype)
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, output_loading_info=True,
+                trust_remote_code=self.config.trust_remote_code,
+            )  # fmt: skip
+            bridge = TransformerBridge.boot_transformers(
+                str(self.folder), hf_model=model.to(self.device), device=self.device, dtype=dtype, tokenizer=self.tokenizer,
+                trust_remote_code=self.config.trust_remote_code,
+            )  # fmt: skip
+        except Exception as error:  # safetensors, torch and both libraries raise kinds of their own
+            raise UserError(f"model.name is {name}: it could not be loaded ({_first_line(error)}); if a file is damaged or "
+                            "missing, get it again.") from error
+        if absent := sorted(report["missing_keys"]):  # they would be random
+            raise UserError(f"model.name is {name}: its files lack {len(absent)} of the weights, {absent[0]} for one; get them "
+                            "again.")
+        return bridge
 
     @property
     def name_by_content(self) -> str:
@@ -176,5 +204,4 @@ def describe(model: LanguageModel) -> dict[str, Any]:
     """What harvest/record.json says of the model."""
     return {"name": model.config.name, "hash": model.hash, "n_layers": model.n_layers, "d_model": model.d_model,
             "hook_name": model.hook_name, "context_size": model.config.context_size,
-            "architecture": json.loads((Path(_files(model.folder_or_id)[0]).parent / "config.json").read_text())
-            .get("architectures", ["unknown"])[0]}
+            "architecture": json.loads((model.folder / "config.json").read_text()).get("architectures", ["unknown"])[0]}

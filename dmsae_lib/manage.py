@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dmsae_lib.artifacts import UserError, _explain_os_errors, code_state, load
+from dmsae_lib.artifacts import UserError, explain_os_errors, code_state, load
 from dmsae_lib.config import NAME, Run, open_run
 from dmsae_lib.plan import Stage, parameters_changed, run_arguments, stages
 from dmsae_lib.run_lock import locked
@@ -41,22 +41,29 @@ def stage_state(run: Run, stage: Stage) -> str:
     return "present"
 
 
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def made_by(run: Run, stage: Stage) -> tuple[str, str, str]:
     """(when, seconds, code) of a stage's artefact; ``code`` says whether today's code is the one that made it."""
-    try:
-        record = json.loads((run.folder / stage.artefact / "provenance.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "", "", ""
+    record = _read(run.folder / stage.artefact / "provenance.json")
+    seconds = _read(run.folder / "notebooks" / f"{stage.name}.json").get("seconds", "")
     commit = record.get("commit")
-    if code_state(run.root)["commit"] is None or commit is None:
+    if not record:
+        return "", "", ""
+    if commit is None or code_state(run.root)["commit"] is None:
         code = "unknown (no git history)"
-    elif record.get("dirty"):
+    elif record["dirty"]:
         code = f"{commit[:8]} with uncommitted changes"
     else:
         paths = [*CODE, f"notebooks/{stage.notebook}.ipynb"]
         same = subprocess.run(["git", "diff", "--quiet", commit, "--", *paths], cwd=run.root, capture_output=True)
         code = "same as now" if same.returncode == 0 else f"other: {commit[:8]}"
-    return record.get("created", "")[:16].replace("T", " "), f"{record.get('seconds', 0):.1f}", code
+    return record["created"][:16].replace("T", " "), str(seconds), code
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -131,6 +138,7 @@ def _replacing(folders: list[Path]) -> Iterator[list[Path]]:
 def publish(run: Run, name: str = "") -> None:
     """Copy summary and executed notebooks to results/<name>, draw figures/<name> from there: all of it, or nothing."""
     from dmsae_lib.plots import draw_all
+    from dmsae_lib.readme import update_readme
 
     if not name and run.name != run.config.name:
         raise UserError(f"runs/{run.name} is not the plain run of {run.config.name}: say with AS=name under which name "
@@ -142,12 +150,14 @@ def publish(run: Run, name: str = "") -> None:
         if (state := stage_state(run, stage)) != "present":
             raise UserError(f"runs/{run.name} is not complete ({stage.name} is {state}): run `make reproduce` first.")
     targets = [run.root / "results" / name, run.root / "figures" / name]
-    with _explain_os_errors(targets[0]), locked(run), _replacing(targets) as (results, figures):
+    with explain_os_errors(targets[0]), locked(run), _replacing(targets) as (results, figures):
         shutil.copytree(load(run.folder / "summary", "summary").folder, results, dirs_exist_ok=True)
         (results / "notebooks").mkdir()
         for stage in stages(run.config):
             shutil.copy(run.folder / "notebooks" / f"{stage.name}.ipynb", results / "notebooks")
         draw_all(results, figures)
+    if name == "default":
+        update_readme(run.root)
     size = sum(path.stat().st_size for target in targets for path in target.rglob("*") if path.is_file())
     print(f"published runs/{run.name} as results/{name} and figures/{name} ({size / 2**20:.1f} MiB)")
 
@@ -158,7 +168,7 @@ def figures(run: Run, name: str = "") -> None:
 
     name = name or run.name
     target = run.root / "figures" / name
-    with _explain_os_errors(target), _replacing([target]) as (new,):
+    with explain_os_errors(target), _replacing([target]) as (new,):
         drawn = draw_all(run.root / "results" / name, new)
     print(f"drew {len(drawn)} figures in figures/{name}")
 
@@ -168,7 +178,7 @@ def clean(run: Run) -> None:
     if not run.folder.is_dir():
         print(f"there is no runs/{run.name}: nothing to remove")
         return
-    with _explain_os_errors(run.folder), locked(run):
+    with explain_os_errors(run.folder), locked(run):
         for path in sorted(run.folder.iterdir()):
             size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
             print(f"removing runs/{run.name}/{path.name} ({size / 2**20:.1f} MiB)")

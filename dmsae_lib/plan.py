@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from dmsae_lib.artifacts import UserError, _explain_os_errors, write_json
+from dmsae_lib.artifacts import UserError, explain_os_errors, write_json
 from dmsae_lib.config import Run, RunConfig, load_config, open_run
 from dmsae_lib.run_lock import lock
 
@@ -147,7 +147,7 @@ def write_plan(run: Run) -> Path:
                         "otherwise with RUN=name.")  # fmt: skip
     plain = (run.root / "configs" / f"{run.config.name}.yaml").is_file() and run.config == load_config(run.config.name)
     config = run.config.name if plain else f"runs/{run.name}/config.yaml"
-    with _explain_os_errors(run.folder):
+    with explain_os_errors(run.folder):
         (run.folder / "notebooks").mkdir(parents=True, exist_ok=True)
         settings = yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False)
         _write_if_changed(run.folder / "config.yaml", settings)

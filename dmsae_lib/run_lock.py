@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 
-from dmsae_lib.artifacts import UserError, _explain_os_errors
+from dmsae_lib.artifacts import UserError, explain_os_errors
 from dmsae_lib.config import Run
 
 
@@ -17,9 +17,9 @@ def lock(run: Run) -> int:
     The kernel holds the lock (flock), so it goes with its last holder, however that ends: none is ever left over.
     Raises UserError naming the owner where another process has it.
     """
-    with _explain_os_errors(run.folder):
+    with explain_os_errors(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run.folder / ".lock", os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(run.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from dmsae_lib.artifacts import ArtifactError, UserError, _explain_os_errors, repository_root, write_json
+from dmsae_lib.artifacts import ArtifactError, UserError, explain_os_errors, repository_root, write_json
 
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # jsonschema's grammar for IRIs: 1.4 s to load
 
@@ -125,7 +125,7 @@ def run_notebook(source: Path, output: Path, given: dict[str, str], target: Path
     parameters = check_parameters(given, parameters_of(notebook, source.name), source.name)
     running, failed = output.with_name(f".{stage}.running.ipynb"), output.with_name(f"{stage}.failed.ipynb")
     started = time.time()
-    with _explain_os_errors(output):
+    with explain_os_errors(output):
         running.parent.mkdir(parents=True, exist_ok=True)
         output.unlink(missing_ok=True)  # until all has passed again there is no executed copy
         try:

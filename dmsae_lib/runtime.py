@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed blocks instead of giving them back to the kernel.
 
     Every step allocates the same large temporaries; by default each is mapped and page-faulted anew, which took up to
-    nine tenths of a step's time on two cores (`make bench` measures it). Elsewhere than on glibc nothing happens.
+    nine tenths of a step's time on two cores. Elsewhere than on glibc nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -33,6 +33,7 @@ def prepare(threads: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # our code reads no uninitialised memory
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, where there are no notebook widgets
     for noisy in ("transformers", "transformer_lens", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with contextlib.suppress(ImportError):

@@ -72,8 +72,8 @@ class Stages:
         """Wall clock of the notebooks by kind of stage, starting up included; those run by hand are not in it."""
         total: dict[str, float] = {}
         for path in sorted((self.run.folder / "notebooks").glob("*.json")):
-            first, *_, last = path.stem.split("_")
-            stage = first if first in ("harvest", "retrain", "saebench") else last
+            words = path.stem.split("_")  # harvest, cycle_3_train, chain_x_cycle_3_train, retrain_k64, saebench_baselines
+            stage = words[0] if words[0] in ("harvest", "retrain", "saebench") else words[-1]
             total[stage] = total.get(stage, 0.0) + json.loads(path.read_text())["seconds"]
         return {stage: seconds for stage, seconds in total.items() if stage != "summary"}
 

@@ -86,8 +86,8 @@ def step_gradients(sae: MatryoshkaSAE, x: Tensor, k: int, k_min: int = 1, aux_al
         grad_dec[c + start : c + stop] = f[:, start:stop].T @ suffix
         torch.mm(suffix, sae.W_dec[c + start : c + stop].T, out=grad_f[:, start:stop])
     grad_dec[:c] = f_core.T @ suffix
-    grad_core = (suffix @ sae.W_dec[:c].T).mul_(f_core > 0)
-    grad_f.mul_(mask)
+    grad_core = where_active(suffix @ sae.W_dec[:c].T, f_core)
+    grad_f = where_active(grad_f, f)
     unit = 2 / batch
     grad_dec.mul_(unit), grad_f.mul_(unit), grad_core.mul_(unit)
     grad_b_dec = suffix.sum(0) * unit
@@ -103,9 +103,14 @@ def step_gradients(sae: MatryoshkaSAE, x: Tensor, k: int, k_min: int = 1, aux_al
     rows = torch.cat([sae.core_rows, sae.free_rows])
     sae.b_dec.grad = grad_b_dec - sae.b_enc.grad @ rows  # b_dec is subtracted before the encoder, too
 
-    fired = torch.cat([(f_core > 0).any(0), mask.any(0)])
+    fired = torch.cat([f_core.amax(0), f.amax(0)]) > 0
     active = torch.count_nonzero(f_core), torch.count_nonzero(mask)
     return StepStats(loss, aux, fvu, int(active[0]) / batch, int(active[1]) / batch, smallest, fired)
+
+
+def where_active(grad: Tensor, f: Tensor) -> Tensor:
+    """``grad`` where ``f`` > 0, else 0: ReLU's own backward, one pass where a product with a mask takes two."""
+    return torch.ops.aten.threshold_backward(grad, f, 0)
 
 
 def _add_aux(sae: MatryoshkaSAE, a: Tensor, residual: Tensor, dead: Tensor, k_aux: int, alpha: float,
@@ -126,7 +131,7 @@ def _add_aux(sae: MatryoshkaSAE, a: Tensor, residual: Tensor, dead: Tensor, k_au
         return variance
     unit = 2 * alpha / float(variance)
     grad_dec[c + dead] += (a_dead.T @ error) * unit
-    grad_f[:, dead] += (error @ sae.W_dec[c + dead].T) * (a_dead > 0) * unit
+    grad_f[:, dead] += where_active(error @ sae.W_dec[c + dead].T, a_dead) * unit
     return error.square().sum(dtype=torch.float64) / variance
 
 

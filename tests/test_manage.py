@@ -29,8 +29,8 @@ def template(tmp_path_factory) -> Path:
     run = factory.build_run(root)
     write_plan(run)
     for stage in stages(run.config):
-        if stage.artefact.endswith("index"):
-            with write(run.folder / stage.artefact, "index"):
+        if stage.artefact.startswith("saebench/k"):
+            with write(run.folder / stage.artefact, "saebench_index"):
                 pass
         write_notebook(run.folder / "notebooks" / f"{stage.name}.ipynb", "1")
     write_summary(run, {})
@@ -93,10 +93,11 @@ def test_status_tells_which_code_made_a_stage(run, monkeypatch):
     git("commit", "-q", "-m", "one")
     commit = git("rev-parse", "HEAD").strip()
     harvest = stages(run.config)[0]
+    (run.folder / "notebooks" / "harvest.json").write_text('{"seconds": 1.5}')
 
     def code(**provenance) -> str:
         path = run.folder / "harvest" / "provenance.json"
-        path.write_text(json.dumps({"created": "2026-01-02T03:04:05+00:00", "seconds": 1.5} | provenance))
+        path.write_text(json.dumps({"created": "2026-01-02T03:04:05+00:00"} | provenance))
         manage.code_state.cache_clear()
         return manage.made_by(run, harvest)
 

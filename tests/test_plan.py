@@ -7,13 +7,15 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
-from clone import TOY, make, make_clone, planned, write_script
+from clone import ROOT, TOY, make, make_clone, planned, write_script
 
 from dmsae_lib.artifacts import UserError
 from dmsae_lib.config import RunConfig, open_run
 from dmsae_lib.plan import stages
 from dmsae_lib.run_lock import lock
+from dmsae_lib.run_notebook import check_parameters, parameters_of
 
 CYCLES = [f"cycle_{t}_{step}" for t in (0, 1) for step in ("train", "attribute", "distill")]
 RETRAIN, SCORES = ["retrain_k4", "retrain_k8"], ["saebench_k4", "saebench_k8"]
@@ -69,6 +71,14 @@ def test_a_chain_has_cycles_of_its_own_that_share_the_harvest():
     assert (train.slice["seed"], train.slice["training"]["core_sparsity"]) == (5, "batchtopk")
     assert found["cycle_1_train"].slice["seed"] == 0
     assert "chain_other/cycle_1/core" in found["summary"].parents
+
+
+def test_every_notebook_has_the_parameters_that_its_stages_give():
+    config = RunConfig.model_validate(TOY | {"name": "toy", "distill": {"cycles": 1, "chains": [{"name": "other"}]}})
+    for stage in stages(config):
+        notebook = nbformat.read(ROOT / "notebooks" / f"{stage.notebook}.ipynb", as_version=4)
+        given = {"config": "toy", "run": "toy"} | {name: str(value) for name, value in stage.parameters.items()}
+        check_parameters(given, parameters_of(notebook, stage.notebook), stage.notebook)
 
 
 def test_a_dry_run_lists_the_whole_experiment_in_order(fresh):

@@ -92,8 +92,9 @@ def test_a_failed_stage_leaves_a_failed_copy_and_is_run_again(clone):
     (clone / "broken").unlink()
     ended = make(clone, "stages", "STAGE=harvest")
     assert (ended.returncode, ended.stderr) == (0, "")
+    assert 0 < json.loads((notebooks / "harvest.json").read_text())["seconds"] < 60
     assert ended.stdout.startswith("harvest ") and ended.stdout.endswith("made runs/toy/harvest\n")
-    assert sorted(path.name for path in notebooks.iterdir()) == ["harvest.ipynb"]
+    assert sorted(path.name for path in notebooks.iterdir()) == ["harvest.ipynb", "harvest.json"]
     assert planned(clone, "STAGE=harvest") == []
 
 

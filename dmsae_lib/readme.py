@@ -1,0 +1,78 @@
+"""The README's results: a block of Markdown written from results/ alone, so that its numbers cannot go stale."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+BEGIN, END = "<!-- results: written by `make publish` -->", "<!-- end of results -->"
+Row = dict[str, Any]
+
+
+def _cycles(summary: Row) -> list[str]:
+    lines = ["| cycle | core in | kept | new | core out | core L0 / k | dead | FVU | loss recovered |", "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in summary["cycles"]:
+        lines.append(f"| {row['cycle']} | {row['core_in']} | {row['kept']} | {row['core_out'] - row['kept']} | {row['core_out']} | "
+                     f"{row['core_share']:.2f} | {row['dead']} | {row['fvu']['full']:.3f} | {row['loss_recovered']['full']:.4f} |")
+    return lines
+
+
+def _cell(rows: list[Row], value) -> str:
+    found = [value(row) for row in rows if value(row) is not None]
+    return f"{mean(found):.4f}" if found else "-"
+
+
+def _retrained(summary: Row) -> list[str]:
+    top = [key for key in ("probe_top1", "probe_top5") if any(key in (r["saebench"] or {}) for r in summary["retrain"])]
+    head = ["k", "core", "seeds", "core L0", "total L0", "FVU", "loss recovered", *(f"top-{key[9:]} probes" for key in top)]
+    lines = ["| " + " | ".join(head) + " |", "|--:|:--" + "|--:" * (len(head) - 2) + "|"]
+    for k, arm in dict.fromkeys((row["k"], row["core"]) for row in summary["retrain"]):
+        rows = [row for row in summary["retrain"] if (row["k"], row["core"]) == (k, arm)]
+        cells = [str(k), arm.replace("_", " ") + (" (unbound)" if any(row["unbound"] for row in rows) else ""), str(len(rows)),
+                 f"{mean(r['L0']['core'] for r in rows):.1f}", f"{mean(r['L0']['total'] for r in rows):.1f}",
+                 _cell(rows, lambda r: r["fvu"]), _cell(rows, lambda r: r["loss_recovered"]),
+                 *(_cell(rows, lambda r, key=key: (r["saebench"] or {}).get(key)) for key in top)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def results_block(summary: Row, base_model: Row | None) -> str:
+    """Markdown of the main numbers of one published run."""
+    hardware, seconds = summary["provenance"]["hardware"], summary["provenance"]["seconds"]
+    lines = [BEGIN, ""]
+    if base_model:
+        nats, bits = base_model["nats_per_token"], base_model["bits_per_byte"]
+        lines += ["**The embedded model** on held-out text: " + ", ".join(
+            f"{name} {nats[key]:.2f} nats per token ({bits[key]:.2f} bits per byte)"
+            for name, key in [("model", "model"), ("3-gram with back-off", "trigram"), ("unigram", "unigram")]) + ".", ""]
+    lines += ["**Distillation**, one chain:", "", *_cycles(summary), ""]
+    sizes = summary["final_core"]["sizes"]
+    lines += ["The \"final core\" under each reading: " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in sizes.items())
+              + f"; retraining uses *{summary['final_core']['reading'].replace('_', ' ')}*.", ""]
+    lines += ["**Claims**, judged by code (95 % paired intervals over seeds):", "", "| claim | verdict | numbers |", "|:--|:--|:--|"]
+    lines += [f"| {name}: {claim['claim']} | **{claim['verdict']}** | {claim['detail']} |" for name, claim in summary["claims"].items()]
+    lines += ["", "**Retraining**, means over seeds (each threshold set for a total L0 of k; *unbound*: the core alone exceeds k):",
+              "", *_retrained(summary), ""]
+    if baselines := summary["probing_baselines"]:
+        lines += [f"Probing without an SAE, mean accuracy of {baselines['n_sets']} sets: dense probe {baselines['dense']:.3f}, best single "
+                  f"channel {baselines['best_channel']:.3f}, larger class {baselines['majority']:.3f}.", ""]
+    lines += [f"Wall clock by kind of stage on {hardware['cores']} cores of {hardware['cpu']}: "
+              + ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items())
+              + f"; {sum(seconds.values()) / 60:.1f} min in all.", "", END]
+    return "\n".join(lines)
+
+
+def current_block(root: Path) -> str:
+    """The block that results/default and results/base_model give now."""
+    summary = json.loads((root / "results" / "default" / "summary.json").read_text(encoding="utf-8"))
+    record = root / "results" / "base_model" / "base_model.json"
+    return results_block(summary, json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None)
+
+
+def update_readme(root: Path) -> None:
+    """Put the current block between the README's two markers."""
+    path = root / "README.md"
+    text = path.read_text(encoding="utf-8")
+    new = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: current_block(root), text, flags=re.DOTALL)
+    path.write_text(new, encoding="utf-8")

@@ -1,0 +1,271 @@
+"""The adapter to SAEBench: known answers, our own metrics against its, caches, and what it leaves behind."""
+
+import json
+import os
+import random
+import socket
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import BOS, save_model
+
+from dmsae_lib import saebench
+from dmsae_lib.artifacts import UserError
+from dmsae_lib.config import ModelConfig
+from dmsae_lib.language_model import LanguageModel, usable_positions
+from dmsae_lib.sae import MatryoshkaSAE
+
+SETS = ["145_disease_class_digestive system diseases", "105_click_bait"]  # 1052 and 2568 texts
+SHORT = "114_nyc_borough_Manhattan"  # 2000 texts, some of them longer than a context
+CONTEXT = 32
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("SAEBench tried to reach the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def load_model(folder, layer: int) -> LanguageModel:
+    hook = f"blocks.{layer}.hook_resid_post"
+    return LanguageModel(ModelConfig(name=str(folder), hook_name=hook, context_size=CONTEXT))
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def model(request, tmp_path_factory) -> LanguageModel:
+    folder = tmp_path_factory.mktemp("models") / f"not a llama but {request.param}"
+    return load_model(save_model(folder, request.param, confidence=8.0), layer=1)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> LanguageModel:
+    return load_model(save_model(tmp_path_factory.mktemp("models") / "tiny", confidence=8.0), layer=0)
+
+
+def greedy_rows(model: LanguageModel, rows: int = 7) -> np.ndarray:
+    """Rows that the model itself continues greedily, so that its loss is low; one boundary inside, one padded row."""
+    tokens = torch.randint(3, 300, (rows, 2), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = BOS
+    while tokens.shape[1] < CONTEXT:
+        tokens = torch.cat([tokens, model.logits(tokens)[:, -1:].argmax(-1)], dim=1)
+    tokens[1, 12] = BOS
+    tokens[2, 20:] = BOS
+    return tokens.numpy()
+
+
+def identity_sae(d: int) -> MatryoshkaSAE:
+    """Positive and negative part of each channel: an exact reconstruction."""
+    sae = MatryoshkaSAE(d, 2 * d, (d,))
+    both = torch.cat([torch.eye(d), -torch.eye(d)])
+    sae.load_state_dict(sae.state_dict() | {"free_rows": both, "W_dec": both})
+    return sae.requires_grad_(False)
+
+
+def zero_sae(d: int) -> MatryoshkaSAE:
+    sae = identity_sae(d)
+    sae.threshold.fill_(float("inf"))
+    return sae
+
+
+def core_sae(model: LanguageModel, seed: int = 0) -> MatryoshkaSAE:
+    """An untrained SAE with a ReLU core of 4 and a threshold on the rest, scaled to the model's activations."""
+    generator = torch.Generator().manual_seed(seed)
+    core = torch.nn.functional.normalize(torch.randn(4, model.d_model, generator=generator), dim=1)
+    x = model.lower(torch.randint(3, 300, (4, CONTEXT), generator=generator)).flatten(0, 1)
+    sae = MatryoshkaSAE(model.d_model, 64, (8, 16), core).requires_grad_(False)
+    sae.initialise(seed, x)
+    sae.threshold.fill_(float(sae.pre_activations(x).quantile(0.8)))
+    return sae
+
+
+def test_core_gives_an_exact_reconstruction_1_and_zero_ablation_0(model):
+    # The hook is the last layer's: below it, positions left alone (BOS) would still reach the others by attention.
+    tokens = greedy_rows(model)
+    exact = saebench.run_core(identity_sae(model.d_model), model, tokens)
+    assert exact["ce_loss_with_ablation"] > exact["ce_loss_without_sae"] + 1  # there is something to recover
+    assert exact["ce_loss_score"] == pytest.approx(1, abs=1e-6)
+    assert exact["l0"] == model.d_model and exact["cossim"] == pytest.approx(1, abs=1e-5)
+    nothing = saebench.run_core(zero_sae(model.d_model), model, tokens)
+    assert nothing["ce_loss_score"] == pytest.approx(0, abs=1e-6)
+    assert nothing["l0"] == 0 and nothing["cossim"] is None
+
+
+def test_core_agrees_with_a_plain_recomputation(llama):
+    tokens, sae = greedy_rows(llama), core_sae(llama)
+    found = saebench.run_core(sae, llama, tokens)
+    ids = torch.from_numpy(tokens)
+    usable = usable_positions(ids, torch.full((len(ids),), CONTEXT), llama.bos)
+    active = sae.encode(llama.lower(ids)[usable]) > 0
+    assert found["l0"] == pytest.approx(float(active.sum(1).float().mean()), rel=1e-6)
+    assert 4 < found["l0"] < 32 and active[:, :4].any() and active[:, 4:].any()
+
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(llama.folder_or_id)
+    plain.model.layers[0].register_forward_hook(
+        lambda module, given, out: torch.where(usable[..., None], sae(out), out))  # fmt: skip
+    with torch.no_grad():
+        logits = plain(ids).logits
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    assert found["ce_loss_with_sae"] == pytest.approx(float(losses[usable[:, :-1]].mean()), rel=1e-4)
+
+
+def test_core_counts_every_row_once_whatever_the_batch(llama):
+    tokens, sae = greedy_rows(llama, rows=6), core_sae(llama)
+    whole = saebench.run_core(sae, llama, tokens, batch_rows=6)
+    for batch_rows in (1, 4):  # 4 does not divide 6
+        assert saebench.run_core(sae, llama, tokens, batch_rows)["l0"] == pytest.approx(whole["l0"], rel=1e-6)
+
+
+def test_the_process_is_left_as_it_was(llama, tmp_path, planted):
+    def state():
+        sides = llama.tokenizer.padding_side, llama.tokenizer.truncation_side
+        draws = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+        return torch.is_grad_enabled(), torch.get_num_threads(), sides, *draws
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        before = state()
+        saebench.run_core(core_sae(llama), llama, greedy_rows(llama))
+        saebench.run_probing({"a": core_sae(llama)}, llama, SETS[:1], [1], tmp_path, seed=0)
+        saebench.probing_baselines(llama, SETS[:1], tmp_path, seed=0)
+        with saebench._undisturbed():  # some of sae_bench's evals do this
+            torch.set_grad_enabled(False)
+            torch.rand(1), np.random.rand(), random.random()
+        assert state() == before and torch.is_grad_enabled()
+    finally:
+        torch.set_num_threads(threads)
+    assert [path.name for path in tmp_path.iterdir()] == [f"model_activations_{saebench._cache_name(llama)}"]
+
+
+@pytest.fixture
+def planted(monkeypatch, llama) -> torch.Tensor:
+    """Activations that hold the label on one direction and on channel 3, noise elsewhere. Returns the direction."""
+    from sae_probes.utils_data import get_yvals, read_numbered_dataset_df
+
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(llama.d_model, generator=generator)
+    direction[3] = 0
+    direction /= direction.norm()
+    labels = {tuple(read_numbered_dataset_df(name)["prompt"]): torch.tensor(get_yvals(name)) for name in SETS}
+
+    def residuals(model, texts):
+        y = labels[tuple(texts)][:, None].float()
+        x = torch.randn(len(texts), model.d_model, generator=generator)
+        x[:, 3] = x[:, 3] + 4 * y[:, 0]
+        return x - (x @ direction)[:, None] * direction + (8 * y + torch.rand(y.shape, generator=generator)) * direction
+
+    monkeypatch.setattr(saebench, "_last_token_residuals", residuals)
+    return direction
+
+
+def probe_sae(d: int, direction: torch.Tensor | None, seed: int = 0) -> MatryoshkaSAE:
+    """Ten latents: noise that knows nothing of the label, and the planted direction if it is given."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(10, d, generator=generator)
+    if direction is not None:
+        rows[6] = direction
+    sae = MatryoshkaSAE(d, 10, (4,))
+    sae.load_state_dict(sae.state_dict() | {"free_rows": rows, "W_dec": torch.nn.functional.normalize(rows, dim=1)})
+    return sae.requires_grad_(False)
+
+
+def blind(sae: MatryoshkaSAE, direction: torch.Tensor) -> MatryoshkaSAE:
+    """The same SAE reading nothing along the direction and channel 3."""
+    rows = sae.free_rows.clone()
+    rows[:, 3] = 0
+    sae.free_rows.copy_(rows - (rows @ direction)[:, None] * direction)
+    return sae
+
+
+def test_probing_finds_a_planted_latent_and_nothing_where_there_is_nothing(llama, tmp_path, planted):
+    saes = {"planted": probe_sae(llama.d_model, planted), "blind": blind(probe_sae(llama.d_model, None), planted)}
+    found = saebench.run_probing(saes, llama, SETS, [1, 5], tmp_path, seed=0, jobs=2)
+    assert list(found) == ["planted", "blind"]
+    for scores in found.values():
+        assert (scores["n_sets"], scores["ks"], list(scores["sets"])) == (2, [1, 5], SETS)
+        for k in ("1", "5"):
+            for metric in ("accuracy", "auc", "f1"):
+                average = np.mean([scores["sets"][name][k][metric] for name in SETS])
+                assert scores["mean"][k][metric] == pytest.approx(average)
+    assert found["planted"]["mean"]["1"]["accuracy"] > 0.99
+    assert abs(found["blind"]["sets"][SETS[1]]["1"]["auc"] - 0.5) < 0.06  # 1543 test texts: standard error 0.015
+    alone = saebench.run_probing({"any name": saes["blind"]}, llama, SETS, [1, 5], tmp_path, seed=0)
+    assert alone["any name"] == found["blind"]  # neither names, nor company, nor threads decide the outcome
+    other = saebench.run_probing({"blind": saes["blind"]}, llama, SETS, [1, 5], tmp_path, seed=1)
+    assert other["blind"] != found["blind"]  # an old result of the same name is not taken up
+
+
+def test_baselines(llama, tmp_path, planted):
+    from sae_probes import run_baseline_evals
+
+    found = saebench.probing_baselines(llama, SETS, tmp_path, seed=0, jobs=2)
+    bait = found["sets"][SETS[1]]
+    assert (bait["n_train"], bait["n_test"], bait["channel"]) == (1024, 1543, 3)
+    assert bait["dense"]["accuracy"] > 0.99 > bait["best_channel"]["accuracy"] > 0.9
+    assert bait["majority"] == pytest.approx(0.5, abs=0.001) and set(found["mean"]) == {"dense", "best_channel", "majority"}
+    run_baseline_evals(model_name=saebench._cache_name(llama), hook_name=llama.hook_name, setting="normal", method="logreg",
+                       results_path=tmp_path / "theirs", model_cache_path=tmp_path, datasets=SETS[:1], device="cpu", seed=0)
+    (file,) = (tmp_path / "theirs").rglob("*.json")
+    assert json.loads(file.read_text())[0]["test_acc"] == found["sets"][SETS[0]]["dense"]["accuracy"]
+
+
+def test_activations_are_those_of_sae_probes_and_of_this_model_alone(model, llama, tmp_path):
+    from sae_probes.generate_model_activations import ensure_dataset_activations
+
+    ours = saebench.prepare_probing(model, [SHORT], tmp_path)
+    file = f"{SHORT}_{model.hook_name}.pt"
+    made = ours.path(file).stat().st_mtime_ns
+    ensure_dataset_activations("theirs", [SHORT], [model.hook_name], tmp_path, "cpu", CONTEXT, model=model.bridge)
+    theirs = torch.load(tmp_path / "model_activations_theirs" / file)
+    x = torch.load(ours.path(file))
+    assert x.shape == (2000, model.d_model) and (x - theirs).abs().max() < 1e-4 * x.std()
+    model.tokenizer.padding_side, model.tokenizer.truncation_side = "right", "right"  # sae_probes set them
+    assert saebench.prepare_probing(model, [SHORT], tmp_path).path(file).stat().st_mtime_ns == made
+
+    retrained = load_model(save_model(tmp_path / "retrained", seed=1), layer=1)
+    other = saebench.prepare_probing(retrained, [SHORT], tmp_path)
+    assert other.folder != ours.folder and (torch.load(other.path(file)) - x).abs().max() > x.std()
+    assert other.parents == {"model": retrained.hash}
+
+
+def test_what_sae_bench_leaves_out_is_an_error(llama, tmp_path, planted, monkeypatch):
+    from sae_bench.evals.sparse_probing_sae_probes import main
+
+    real = main.run_eval
+    saes = {"a": probe_sae(llama.d_model, planted)}
+
+    def forgetful(config, *rest):
+        config.dataset_names = config.dataset_names[:1]
+        return real(config, *rest)
+
+    for broken in (lambda *_: {}, forgetful):
+        monkeypatch.setattr(main, "run_eval", broken)
+        with pytest.raises(RuntimeError, match="left something out"):
+            saebench.run_probing(saes, llama, SETS, [1], tmp_path, seed=0)
+
+
+def test_bad_input_is_one_sentence(llama, tmp_path, planted):
+    sae = probe_sae(llama.d_model, planted)
+    with pytest.raises(UserError, match=r"saebench.probing_sets names 'no_such_set'"):
+        saebench.prepare_probing(llama, ["no_such_set"], tmp_path)
+    with pytest.raises(UserError, match=r"saebench.probing_ks is \[1, 11\]: the SAE a has 10 latents"):
+        saebench.run_probing({"a": sae}, llama, SETS, [1, 11], tmp_path, seed=0)
+    with pytest.raises(UserError, match="reads 8 channels"):
+        saebench.run_core(identity_sae(8), llama, greedy_rows(llama))
+    with pytest.raises(UserError, match="raise data.test_tokens"):
+        saebench.run_core(sae, llama, np.empty((0, CONTEXT), dtype=np.int64))
+
+
+@pytest.mark.skipif("DMSAE_TEST_MODEL" not in os.environ, reason="DMSAE_TEST_MODEL does not name a model's folder")
+def test_core_on_an_outside_model():
+    folder = os.environ["DMSAE_TEST_MODEL"]
+    model = LanguageModel(ModelConfig(name=folder, hook_name="blocks.1.hook_resid_post", context_size=CONTEXT))
+    ids = model.tokenizer("Once upon a time, there was a little girl. " * 60, add_special_tokens=False)["input_ids"]
+    tokens = np.array([[model.bos, *ids[i : i + CONTEXT - 1]] for i in range(0, 4 * CONTEXT, CONTEXT)])
+    found = saebench.run_core(identity_sae(model.d_model), model, tokens)
+    assert found["ce_loss_score"] == pytest.approx(1, abs=1e-6) and found["ce_loss_without_sae"] < 4
