@@ -19,7 +19,7 @@ from dmsae_lib.config import DataConfig
 from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
 from dmsae_lib.seeds import generator
 
-SHARD_ROWS = 2**18  # activations per shard file
+SHARD_ROWS = 2**18  # a shard file is closed once it holds this many activations
 NORM_SAMPLE_ROWS = 64  # contexts from which the median norm is measured
 
 Cursor = tuple[int, int, int]
@@ -59,14 +59,15 @@ def harvest(writer: Writer, model: LanguageModel, splits: dict[str, dict[str, np
         squares += float(x.square().sum(dtype=torch.float64))
         if data.store == "disk":
             pending.append(x.cpu())
-            while sum(map(len, pending)) >= SHARD_ROWS or (total == data.train_tokens and pending):
-                rows = torch.cat(pending)
-                _save_shard(writer.path(f"shard_{shard:04d}.npy"), rows[:SHARD_ROWS], dtype)
-                pending = [rows[SHARD_ROWS:]] if len(rows) > SHARD_ROWS else []
-                shard += 1
+            if sum(map(len, pending)) >= SHARD_ROWS:
+                _save_shard(writer.path(f"shard_{shard:04d}.npy"), torch.cat(pending), dtype)
+                pending, shard = [], shard + 1
                 report(f"{total:,} of {data.train_tokens:,} activations")
         if total == data.train_tokens:
             break
+    if pending:
+        _save_shard(writer.path(f"shard_{shard:04d}.npy"), torch.cat(pending), dtype)
+        shard += 1
     clean, zero = reference_losses(model, splits["test"])
     counts = {name: int(sum(usable_count(arrays, model.bos))) for name, arrays in splits.items()}
     return {"n_tokens": counts, "harvested": total, "shards": shard, "scale": (squares / total) ** 0.5, "median_norm": middle,

@@ -60,9 +60,13 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON through a temporary file, so that a reader sees the old text or the new one. NaN is refused."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    text = _json_text(value)
     temporary = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
         try:
@@ -159,7 +163,7 @@ class Writer:
         return self.folder / name
 
     def json(self, name: str, value: Any) -> None:
-        write_json(self.folder / name, value)
+        (self.folder / name).write_text(_json_text(value), encoding="utf-8")
 
     def csv(self, name: str, rows: list[dict[str, Any]]) -> None:
         """One line per row; the first row's keys are the header."""
@@ -188,11 +192,12 @@ def write(folder: Path, kind: str, parents: dict[str, str] | None = None) -> Ite
             _recover(folder, old)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            yield Writer(temporary)
+            writer = Writer(temporary)
+            yield writer
             files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
             manifest = {"schema": SCHEMA, "kind": kind, "parents": dict(sorted((parents or {}).items())), "files": files}
-            write_json(temporary / "provenance.json", provenance(time.perf_counter() - started))
-            write_json(temporary / "manifest.json", manifest | {"hash": hash_json(manifest)})
+            writer.json("provenance.json", provenance(time.perf_counter() - started))
+            writer.json("manifest.json", manifest | {"hash": hash_json(manifest)})
             for path in [*temporary.iterdir(), temporary]:
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)

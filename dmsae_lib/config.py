@@ -7,7 +7,7 @@ does not fix is one of our decisions; ``configs/gemma-2-2b.yaml`` gives the sour
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,7 @@ ARMS = ("none", "distilled", *CONTROLS, *LONGER)
 Arm = Literal[ARMS]  # type: ignore[valid-type]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+SHOWN = {"model.hook_name": "blocks.12.hook_resid_post"}  # an example says more than a regular expression
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -134,9 +135,21 @@ class RunConfig(Section):
         if self.training.batch_size > self.data.train_tokens:
             raise ValueError(f"data.train_tokens is {self.data.train_tokens}: one batch needs "
                              f"training.batch_size = {self.training.batch_size}")
-        if extra := set(self.control_ks) - set(self.retrain.ks):
-            raise ValueError(f"retrain.controls_at names k = {sorted(extra)}: add it to retrain.ks = {self.retrain.ks}")
-        if "longer_fresh" in self.retrain.controls and self.data.fresh_factor < self.distill.cycles + 1:
+        buffer = self.data.buffer_rows * self.model.context_size
+        if self.data.store == "stream" and buffer < 2 * self.training.batch_size:
+            raise ValueError(f"data.buffer_rows is {self.data.buffer_rows}: with model.context_size = "
+                             f"{self.model.context_size} it must hold two batches of {self.training.batch_size} tokens")
+        retrain = self.retrain
+        if not retrain.ks or not retrain.seeds or not retrain.arms:
+            raise ValueError("retrain.ks, retrain.seeds and retrain.arms need one entry at least")
+        if twice := set(retrain.arms) & set(retrain.controls):
+            raise ValueError(f"retrain.controls names {sorted(twice)}: retrain.arms has it already, with every seed")
+        for arm, n in retrain.controls.items():
+            if n > len(retrain.seeds):
+                raise ValueError(f"retrain.controls asks for {n} seeds of {arm}: retrain.seeds = {retrain.seeds} has fewer")
+        if extra := set(self.control_ks) - set(retrain.ks):
+            raise ValueError(f"retrain.controls_at names k = {sorted(extra)}: add it to retrain.ks = {retrain.ks}")
+        if "longer_fresh" in (*retrain.arms, *retrain.controls) and self.data.fresh_factor < self.distill.cycles + 1:
             raise ValueError(f"data.fresh_factor is {self.data.fresh_factor}: the arm longer_fresh needs "
                              f"distill.cycles + 1 = {self.distill.cycles + 1}")
         names = [chain.name for chain in self.distill.chains]
@@ -180,8 +193,9 @@ class RunConfig(Section):
 def _known_keys(model: type[BaseModel], location: tuple) -> list[str]:
     for part in location:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        for kind in (annotation, *get_args(annotation)):  # a section, or a list of them
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                model = kind
     return list(model.model_fields)
 
 
@@ -197,7 +211,10 @@ def _one_sentence(error: ValidationError, where: str) -> str:
         return f"{where}: the key {key} is missing; add it."
     if first["type"] == "value_error":
         return f"{where}: {first['ctx']['error']}."
-    return f"{where}: {key} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}."
+    expected = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+    if first["type"] == "string_pattern_mismatch":
+        expected = f"it must look like {SHOWN.get(key, 'a-name')}"
+    return f"{where}: {key} is {first['input']!r}, but {expected}."
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -209,7 +226,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise UserError(f"Override {override!r}: {part} is not a section of the configuration.")
-    tree[last] = yaml.safe_load(text)
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"Override {override!r}: the value is not valid YAML; put it in quotes.") from error
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmsae_lib.activations import usable_residuals
+from dmsae_lib.activations import first_contexts, usable_residuals
 from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.sparsity import calibrate
 
+CALIBRATION_TOKENS = 2**17  # at most this many tokens of the split are held in memory: 1.2 GB at width 2304
 UNBOUND = 0.01  # method, section 2: total L0 within 1 % of k, else the SAE is left out of equal-L0 comparisons
 
 
@@ -23,7 +24,7 @@ def calibrate_threshold(sae: MatryoshkaSAE, model: LanguageModel, split: dict[st
     """
     free_only = sae.core_sparsity == "relu"
     start = sae.n_core if free_only else 0
-    residuals = [x for x in usable_residuals(model, split)]
+    residuals = list(usable_residuals(model, first_contexts(split, CALIBRATION_TOKENS, model.bos)))
     tokens = sum(map(len, residuals))
     in_core = 0
     if free_only and sae.n_core:

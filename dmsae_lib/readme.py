@@ -11,7 +11,8 @@ Row = dict[str, Any]
 
 
 def _cycles(summary: Row) -> list[str]:
-    lines = ["| cycle | core in | kept | new | core out | core L0 / k | dead | FVU | loss recovered |", "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    head = ["cycle", "core in", "kept", "new", "core out", "core L0 / k", "dead", "FVU", "loss recovered"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "--:|" * len(head)]
     for row in summary["cycles"]:
         lines.append(f"| {row['cycle']} | {row['core_in']} | {row['kept']} | {row['core_out'] - row['kept']} | {row['core_out']} | "
                      f"{row['core_share']:.2f} | {row['dead']} | {row['fvu']['full']:.3f} | {row['loss_recovered']['full']:.4f} |")
@@ -50,13 +51,15 @@ def results_block(summary: Row, base_model: Row | None) -> str:
     sizes = summary["final_core"]["sizes"]
     lines += ["The \"final core\" under each reading: " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in sizes.items())
               + f"; retraining uses *{summary['final_core']['reading'].replace('_', ' ')}*.", ""]
-    lines += ["**Claims**, judged by code (95 % paired intervals over seeds):", "", "| claim | verdict | numbers |", "|:--|:--|:--|"]
-    lines += [f"| {name}: {claim['claim']} | **{claim['verdict']}** | {claim['detail']} |" for name, claim in summary["claims"].items()]
-    lines += ["", "**Retraining**, means over seeds (each threshold set for a total L0 of k; *unbound*: the core alone exceeds k):",
+    lines += ["**Claims**, judged by code (95 % paired intervals over seeds):", "", "| claim | verdict | numbers |",
+              "|:--|:--|:--|"]
+    for name, claim in summary["claims"].items():
+        lines.append(f"| {name}: {claim['claim']} | **{claim['verdict']}** | {claim['detail']} |")
+    lines += ["", "**Retraining**, means over seeds (thresholds set for a total L0 of k; *unbound*: the core alone exceeds k):",
               "", *_retrained(summary), ""]
     if baselines := summary["probing_baselines"]:
-        lines += [f"Probing without an SAE, mean accuracy of {baselines['n_sets']} sets: dense probe {baselines['dense']:.3f}, best single "
-                  f"channel {baselines['best_channel']:.3f}, larger class {baselines['majority']:.3f}.", ""]
+        lines += [f"Probing without an SAE, mean accuracy of {baselines['n_sets']} sets: dense probe {baselines['dense']:.3f}, "
+                  f"best single channel {baselines['best_channel']:.3f}, larger class {baselines['majority']:.3f}.", ""]
     lines += [f"Wall clock by kind of stage on {hardware['cores']} cores of {hardware['cpu']}: "
               + ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items())
               + f"; {sum(seconds.values()) / 60:.1f} min in all.", "", END]

@@ -152,9 +152,7 @@ def prepare_probing(model: LanguageModel, sets: Sequence[str], folder: Path) -> 
 def _last_token_residuals(model: LanguageModel, texts: list[str]) -> Tensor:
     """(texts, d_model) float32 on the CPU: BOS, then at most context_size - 1 tokens from the end of the text."""
     room = model.config.context_size - 1
-    with _undisturbed():  # the tokenizer warns of texts longer than the model's context
-        ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    rows = [[model.bos, *text[-room:]] for text in ids]
+    rows = [[model.bos, *ids[-room:]] for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found = torch.empty(len(rows), model.d_model)
     budget = model.config.batch_rows * model.config.context_size  # tokens per forward pass

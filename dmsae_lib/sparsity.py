@@ -25,7 +25,7 @@ def batch_topk(a: Tensor, n: int, last_threshold: float = 0.0) -> tuple[Tensor, 
     """
     flat = a.reshape(-1)
     candidates = flat[flat > WARM * last_threshold] if last_threshold > 0 else flat[flat > 0]
-    if candidates.numel() < n and last_threshold > 0:
+    if candidates.numel() <= n and last_threshold > 0:  # equal as well: below, few candidates mean that all are kept
         candidates = flat[flat > 0]
     if n <= 0 or candidates.numel() == 0:
         return torch.zeros_like(a, dtype=torch.bool), a.new_zeros(())

@@ -245,7 +245,8 @@ def write_summary(run: Run, more: dict[str, Any] | None = None) -> Path:
     folder = run.folder / "summary"
     parents = {path.relative_to(run.folder).as_posix(): artifact.hash for path, (_, artifact) in stages.opened.items()}
     with write(folder, "summary", parents) as writer:
-        for name, content in {"summary.json": summary, "core_lineage.json": readable(lineage(stages)), **readable(more or {})}.items():
+        texts = {"summary.json": summary, "core_lineage.json": lineage(stages), **(more or {})}
+        for name, content in readable(texts).items():
             writer.path(name).write_text(laid_out(content) + "\n", encoding="utf-8")
         for name, rows in tables(summary, stages).items():
             writer.csv(name, rows)

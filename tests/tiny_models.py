@@ -24,8 +24,9 @@ def save_tokenizer(folder: Path, vocabulary: int = 320) -> None:
 
 
 def save_model(folder: Path, family: str = "llama", seed: int = 0, layers: int = 2, width: int = 32, context: int = 32,
-               confidence: float = 1.0) -> Path:
-    """``family``: llama, or gemma2 (grouped queries, soft caps, a sliding window). ``confidence`` scales the logits."""
+               confidence: float = 1.0, **settings: object) -> Path:
+    """``family``: llama, or gemma2 (grouped queries, soft caps, a sliding window). ``confidence`` scales the logits;
+    ``settings`` go into config.json."""
     import transformers
 
     torch.manual_seed(seed)
@@ -35,9 +36,9 @@ def save_model(folder: Path, family: str = "llama", seed: int = 0, layers: int =
              "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     if family == "gemma2":
         extra = {"head_dim": width // 4, "query_pre_attn_scalar": width // 4, "sliding_window": context // 2}
-        model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, **extra))
+        model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**{**sizes, **extra, **settings}))
     else:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **settings}))
     with torch.no_grad():
         model.lm_head.weight.mul_(confidence)
     model.save_pretrained(folder)

@@ -1,0 +1,270 @@
+"""Artefacts: whole or not at all, every damage named, hashes that depend on content and parents alone."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dmsae_lib import artifacts
+from dmsae_lib.artifacts import ArtifactError, UserError, load, repository_root, write, write_json
+
+ROOT = Path(__file__).parents[1]
+
+
+def make(folder: Path, value: float = 1.0, parents: dict[str, str] | None = None) -> artifacts.Artifact:
+    with write(folder, "toy", parents) as writer:
+        writer.json("metrics.json", {"value": value})
+        writer.csv("history.csv", [{"step": 1, "loss": value}, {"step": 2, "loss": value / 2}])
+        writer.tensors("sae.safetensors", {"rows": torch.full((3, 4), value), "columns": torch.eye(3).T})
+        np.save(writer.path("x.npy"), np.arange(5))
+    return load(folder, "toy")
+
+
+@pytest.fixture
+def made(tmp_path) -> artifacts.Artifact:
+    return make(tmp_path / "an artefact")
+
+
+def value_of(folder: Path) -> float:
+    return load(folder, "toy").json("metrics.json")["value"]
+
+
+def test_what_was_written_is_read_again(made):
+    assert made.json("metrics.json") == {"value": 1.0}
+    assert made.csv("history.csv") == [{"step": "1", "loss": "1.0"}, {"step": "2", "loss": "0.5"}]
+    tensors = made.tensors("sae.safetensors")
+    assert torch.equal(tensors["rows"], torch.ones(3, 4)) and torch.equal(tensors["columns"], torch.eye(3))
+    assert np.load(made.path("x.npy")).tolist() == [0, 1, 2, 3, 4]
+    assert sorted(made.files) == ["history.csv", "metrics.json", "sae.safetensors", "x.npy"]
+    assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]
+
+
+def test_provenance_says_where_when_and_with_what(made):
+    found = made.provenance
+    assert set(found) == {"commit", "dirty", "created", "seconds", "hardware", "versions"}
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
+    assert found["hardware"]["cores"] == os.cpu_count() and found["seconds"] >= 0
+
+
+def test_an_exception_inside_leaves_the_old_one(made):
+    with pytest.raises(ZeroDivisionError), write(made.folder, "toy") as writer:
+        writer.json("metrics.json", {"value": 2})
+        raise ZeroDivisionError
+    assert value_of(made.folder) == 1.0
+    assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]
+
+
+def test_a_kill_inside_leaves_the_old_one(made):
+    code = ("import sys, time; from dmsae_lib.artifacts import write\n"
+            "with write(sys.argv[1], 'toy') as writer:\n"
+            "    writer.json('metrics.json', {'value': 2}); print('written', flush=True); time.sleep(60)")  # fmt: skip
+    writer = subprocess.Popen([sys.executable, "-c", code, made.folder], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert writer.stdout.readline() == "written\n"
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert value_of(made.folder) == 1.0
+    assert value_of(make(made.folder, 3.0).folder) == 3.0
+    assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]  # what was left over is gone
+
+
+@pytest.mark.parametrize("then", ["load", "write", "failing write"])
+def test_interrupted_between_the_two_renames_the_old_one_comes_back(made, monkeypatch, then):
+    real, moves = os.replace, []
+
+    def killed_after_the_first_rename(source, target):
+        if Path(source).is_dir():
+            moves.append(target)
+            if len(moves) == 2:
+                raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", killed_after_the_first_rename)
+    with pytest.raises(KeyboardInterrupt):
+        make(made.folder, 2.0)
+    monkeypatch.setattr(os, "replace", real)
+    assert not made.folder.exists() and len(moves) == 2
+    if then == "write":
+        make(made.folder, 2.0)
+    elif then == "failing write":
+        with pytest.raises(ZeroDivisionError), write(made.folder, "toy"):
+            raise ZeroDivisionError
+    assert value_of(made.folder) == (2.0 if then == "write" else 1.0)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 8)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "history.csv", "sae.safetensors", "x.npy", "manifest.json"])
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_every_damaged_file_is_detected_and_named(made, name, damage):
+    damage(made.path(name))
+    with pytest.raises(ArtifactError) as caught:
+        load(made.folder, "toy", "stages STAGE=toy")
+    message = str(caught.value)
+    if (damage, name) == (Path.unlink, "manifest.json"):
+        assert message == f"There is no toy artefact in {made.folder}: run `make stages STAGE=toy`."
+    else:
+        assert message.startswith(f"{made.folder} is damaged ({name}") and message.count(".\n") == 0
+        assert message.endswith("delete that folder and run `make stages STAGE=toy`.")
+
+
+@pytest.mark.parametrize("edit", [
+    {"parents": {"core": "0" * 64}}, {"kind": "other"}, {"schema": 2}, {"hash": "0" * 64}, {"files": {}}, {"files": None},
+])  # fmt: skip
+def test_an_edited_manifest_is_detected(made, edit):
+    path = made.path("manifest.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(ArtifactError, match="manifest.json does not match its own hash"):
+        load(made.folder, "toy")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", "\x00", '{"schema": 1'])
+def test_a_manifest_that_is_none_is_one_sentence(made, text):
+    made.path("manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match="manifest.json cannot be read"):
+        load(made.folder, "toy")
+
+
+def test_unreadable_provenance_is_named(made):
+    truncate(made.path("provenance.json"))
+    with pytest.raises(ArtifactError, match="provenance.json cannot be read"):
+        _ = load(made.folder, "toy").provenance
+
+
+def test_another_kind_is_refused(made):
+    with pytest.raises(ArtifactError, match="holds a toy artefact, schema 1; a core artefact, schema 1, is needed"):
+        load(made.folder, "core")
+
+
+def test_the_hash_depends_on_content_kind_and_parents_and_on_nothing_else(tmp_path, monkeypatch):
+    first = make(tmp_path / "one", parents={"core": "a", "sae": "b"})
+    monkeypatch.setattr(artifacts, "provenance", lambda seconds: {"commit": "another", "seconds": 1e9})
+    same = make(tmp_path / "two", parents={"sae": "b", "core": "a"})
+    assert same.provenance != first.provenance and same.hash == first.hash
+    others = [make(tmp_path / "three", 2.0, {"core": "a", "sae": "b"}), make(tmp_path / "four", parents={"core": "a"}),
+              make(tmp_path / "five", parents={"core": "a", "sae": "c"})]  # fmt: skip
+    assert len({artifact.hash for artifact in [first, *others]}) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1, {"deep": float("-inf")}]])
+def test_json_refuses_what_is_no_number(tmp_path, value):
+    path = tmp_path / "x.json"
+    write_json(path, 1)
+    with pytest.raises(ValueError):
+        write_json(path, value)
+    assert path.read_text() == "1\n" and list(tmp_path.iterdir()) == [path]
+
+
+# Failing disks. Each writes half a megabyte, by one of the ways in which stages write.
+SIZE = 2**19
+WAYS = {
+    "json": lambda writer: writer.json("big.json", "x" * SIZE),
+    "csv": lambda writer: writer.csv("big.csv", [{"text": "x" * SIZE}]),
+    "safetensors": lambda writer: writer.tensors("big.safetensors", {"x": torch.zeros(SIZE // 4)}),
+    "numpy": lambda writer: np.save(writer.path("big.npy"), np.zeros(SIZE // 8)),
+}
+
+
+@contextlib.contextmanager
+def file_size_limit(n_bytes: int):
+    """No file may grow above this; Python ignores the signal, so that the write fails with an error."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def assert_refused(folder: Path, way: str, reason: str) -> None:
+    with pytest.raises(UserError) as caught, write(folder, "toy") as writer:
+        WAYS[way](writer)
+    message = str(caught.value)
+    assert message.startswith(f"Cannot write {folder}: {reason}") and "\n" not in message
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_size_limit_is_one_sentence_and_the_old_artefact_stays(made, way):
+    with file_size_limit(SIZE // 4):
+        # numpy does not pass on why a write was short, and a disk is more often full than a limit set
+        assert_refused(made.folder, way, "the disk is full" if way == "numpy" else "the file size limit is reached")
+    assert value_of(made.folder) == 1.0
+    assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB in memory."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a file system can be mounted by root alone")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_full_disk_is_one_sentence_and_the_old_artefact_stays(small_disk, way):
+    made = make(small_disk / "an artefact")
+    assert_refused(made.folder, way, "the disk is full: free some space")
+    assert value_of(made.folder) == 1.0
+    assert [path.name for path in small_disk.iterdir()] == ["an artefact"]
+
+
+def test_a_read_only_file_system_is_one_sentence_also_for_root(small_disk):
+    made = make(small_disk / "an artefact")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert_refused(made.folder, "json", "the file system is read-only")
+    with pytest.raises(UserError, match="the file system is read-only"):
+        write_json(small_disk / "x.json", 1)
+    assert value_of(made.folder) == 1.0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_one_sentence(made):
+    made.folder.parent.chmod(0o500)
+    try:
+        assert_refused(made.folder, "json", "there is no permission to write there")
+        assert value_of(made.folder) == 1.0
+    finally:
+        made.folder.parent.chmod(0o700)
+
+
+@pytest.mark.parametrize("around", ["nothing", "another repository"])
+def test_a_tree_without_git_history_has_no_commit(tmp_path, around):
+    """A downloaded zip; unpacked inside somebody else's repository, that one's commit must not be taken for ours."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    if around == "another repository":
+        subprocess.run([*git, "init", "-q", tmp_path], check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
+    clone = tmp_path / "a clone"
+    (clone / "configs").mkdir(parents=True)
+    (clone / "dmsae_lib").mkdir()
+    for name in ("__init__.py", "artifacts.py"):
+        shutil.copy(ROOT / "dmsae_lib" / name, clone / "dmsae_lib")
+    code = "from dmsae_lib.artifacts import code_state, repository_root; print(code_state(repository_root()))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
+    assert ended.stdout == "{'commit': None, 'dirty': None}\n", ended.stderr
+
+
+def test_the_root_is_found_from_any_folder_inside(monkeypatch):
+    for inside in (ROOT, ROOT / "notebooks", ROOT / "dmsae_lib" / "embedded"):
+        monkeypatch.chdir(inside)
+        assert repository_root() == ROOT

@@ -1,0 +1,125 @@
+"""Configurations: every one in configs/ loads, overrides, names of runs, chains and arms."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dmsae_lib.artifacts import UserError
+from dmsae_lib.config import CONTROLS, LONGER, load_config, open_run
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_loads_by_name_and_by_path(name):
+    config = load_config(name)
+    assert config.name == name and config == load_config(ROOT / "configs" / f"{name}.yaml")
+    again = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    assert type(config).model_validate(again) == config  # what a run's config.yaml holds is the same configuration
+
+
+def test_the_regime_of_the_paper():
+    """Method, sections 4, 7c and 9: sizes, schedule and the rounds."""
+    paper = load_config("gemma-2-2b")
+    assert paper.steps() == 244_140 and round(paper.training.warmup * paper.steps()) == 1000
+    assert [m / paper.sae.d_sae for m in paper.sae.prefixes] == [1 / 32, 3 / 32, 7 / 32, 15 / 32]
+    assert (paper.training.k, paper.distill.cycles, paper.training.k_aux) == (320, 7, 2304 // 2)
+    default = load_config("default")
+    assert [m / default.sae.d_sae for m in default.sae.prefixes] == [1 / 32, 3 / 32, 7 / 32, 15 / 32]
+    assert default.distill.cycles == 7 and default.data.fresh_factor == 8
+
+
+def test_extended_has_every_control_at_every_k_and_three_distillation_seeds_of_both_kinds():
+    default, extended = load_config("default"), load_config("extended")
+    for section in ("model", "data", "sae", "training"):
+        assert getattr(extended, section) == getattr(default, section)
+    arms = ("none", "distilled", *CONTROLS, *LONGER)
+    for k in default.retrain.ks:
+        assert sorted(extended.retrain_arms(k)) == sorted((arm, seed) for arm in arms for seed in (0, 1, 2))
+    chains = [extended.for_chain(name) for name in ("main", *(chain.name for chain in extended.distill.chains))]
+    found = [(c.training.core_sparsity, c.training.core_bias_init, c.seed) for c in chains]
+    assert sorted(found) == sorted([("relu", "zero", 0), ("relu", "zero", 1), ("relu", "zero", 2), ("batchtopk", "zero", 0),
+                                    ("batchtopk", "zero", 1), ("batchtopk", "zero", 2), ("relu", "match_frequency", 0)])
+
+
+def test_overrides_reach_any_depth_and_take_yaml():
+    config = load_config("smoke", ["training.k=16", "training.lr=1e-2", "retrain.ks=[16, 48]", "retrain.controls_at=[16]",
+                                   "model.name=my model", "data.store=stream", "seed=3", "saebench.probing_sets=[]"])
+    assert (config.training.k, config.training.lr, config.retrain.ks, config.seed) == (16, 0.01, [16, 48], 3)
+    assert (config.model.name, config.data.store, config.saebench.probing_sets) == ("my model", "stream", [])
+    assert load_config("smoke").training.k == 32
+
+
+def test_the_hash_depends_on_the_settings_alone(tmp_path):
+    text = (ROOT / "configs" / "smoke.yaml").read_text()
+    (tmp_path / "smoke.yaml").write_text("# a comment\n" + text)
+    plain = load_config("smoke")
+    assert load_config(tmp_path / "smoke.yaml").hash == plain.hash
+    assert load_config("smoke", ["training.k=32"]).hash == plain.hash != load_config("smoke", ["training.k=33"]).hash
+
+
+@pytest.mark.parametrize("override, suggestion", [
+    ("training.learning_rate=1", "unknown key training.learning_rate; known there: k, batch_size, lr"),
+    ("training.grad_clipp=1", "unknown key training.grad_clipp; did you mean grad_clip?"),
+    ("traning.k=1", "unknown key traning; did you mean training?"),
+    ("distill.chains=[{name: a, sead: 1}]", "unknown key distill.chains.0.sead; did you mean seed?"),
+])  # fmt: skip
+def test_an_unknown_key_is_named_with_a_suggestion(override, suggestion):
+    with pytest.raises(UserError) as caught:
+        load_config("smoke", [override])
+    assert suggestion in str(caught.value)
+
+
+def test_a_run_is_named_by_its_configuration_and_its_overrides():
+    assert open_run("smoke").folder == ROOT / "runs" / "smoke"
+    assert open_run("smoke", "", ["training.k=32"]).name == "smoke"  # as it stands anyway
+    changed = open_run("smoke", "", ["training.k=16"])
+    assert changed.name == f"smoke--{changed.config.hash[:8]}"
+    assert changed.name == open_run("smoke", "", ["training.k=16"]).name
+    assert len({open_run("smoke", "", [f"seed={seed}"]).name for seed in range(4)}) == 4
+    assert open_run("smoke", "mine", ["training.k=16"]).folder == ROOT / "runs" / "mine"
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../results", "a/b", "/tmp/x", "-x", ".hidden", "a b", "a\n", "über", "a$b"])
+def test_a_run_cannot_leave_the_folder_of_runs(name):
+    with pytest.raises(UserError, match="cannot be a folder name: use letters, digits"):
+        open_run("smoke", name)
+    with pytest.raises(UserError, match="name is"):
+        load_config("smoke", [f"name={yaml.safe_dump(name)}"])
+
+
+def test_where_a_run_keeps_its_stages():
+    run = open_run("smoke")
+    assert run.cycle(2, "core") == run.folder / "cycle_2" / "core"
+    assert run.cycle(2, "sae", "other") == run.folder / "chain_other" / "cycle_2" / "sae"
+    assert run.retrained(32, "random", 1) == run.folder / "retrain" / "k32" / "random-seed1"
+    assert run.scores(32, "random", 1) == run.folder / "saebench" / "k32" / "random-seed1"
+
+
+def test_a_chain_takes_its_own_seed_and_core_settings_and_nothing_else():
+    config = load_config("smoke", ["distill.chains=[{name: b, seed: 5, core_sparsity: batchtopk}]"])
+    assert config.for_chain("main") == config
+    other = config.for_chain("b")
+    assert (other.seed, other.training.core_sparsity, other.training.core_bias_init) == (5, "batchtopk", "zero")
+    update = {"core_sparsity": "relu"}
+    assert other.model_copy(update={"seed": 0, "training": other.training.model_copy(update=update)}) == config
+    with pytest.raises(UserError, match="no chain 'c' in config smoke: use one of main, b"):
+        config.for_chain("c")
+
+
+def test_arms_at_each_k():
+    config = load_config("smoke", ["retrain.seeds=[4, 7]", "retrain.controls={random: 2, most_frequent: 1}"])
+    pairs = [("none", 4), ("none", 7), ("distilled", 4), ("distilled", 7)]
+    controls = [("random", 4), ("random", 7), ("most_frequent", 4)]
+    assert config.control_ks == [config.training.k] == [32]
+    assert config.retrain_arms(32) == pairs + controls and config.retrain_arms(48) == pairs
+    everywhere = load_config("smoke", ["retrain.seeds=[4]", "retrain.controls={random: 1}", "retrain.controls_at=[32, 48]"])
+    assert [len(everywhere.retrain_arms(k)) for k in (32, 48)] == [3, 3]
+    assert load_config("smoke", ["retrain.controls={}"]).control_ks == []
+
+
+def test_steps_cover_the_tokens_of_a_cycle():
+    config = load_config("smoke")
+    assert config.steps() == 12000 // 256 and config.steps(3) == 3 * 12000 // 256
