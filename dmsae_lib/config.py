@@ -148,7 +148,9 @@ class RunConfig(Section):
             if n > len(retrain.seeds):
                 raise ValueError(f"retrain.controls asks for {n} seeds of {arm}: retrain.seeds = {retrain.seeds} has fewer")
         if extra := set(self.control_ks) - set(retrain.ks):
-            raise ValueError(f"retrain.controls_at names k = {sorted(extra)}: add it to retrain.ks = {retrain.ks}")
+            setting = "training.k" if retrain.controls_at is None else "retrain.controls_at"
+            raise ValueError(f"{setting} is {sorted(extra)[0]}, where retrain.controls are trained: add it to retrain.ks = "
+                             f"{retrain.ks}")
         if "longer_fresh" in (*retrain.arms, *retrain.controls) and self.data.fresh_factor < self.distill.cycles + 1:
             raise ValueError(f"data.fresh_factor is {self.data.fresh_factor}: the arm longer_fresh needs "
                              f"distill.cycles + 1 = {self.distill.cycles + 1}")

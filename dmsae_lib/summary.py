@@ -73,7 +73,7 @@ class Stages:
         total: dict[str, float] = {}
         for path in sorted((self.run.folder / "notebooks").glob("*.json")):
             words = path.stem.split("_")  # harvest, cycle_3_train, chain_x_cycle_3_train, retrain_k64, saebench_baselines
-            stage = words[0] if words[0] in ("harvest", "retrain", "saebench") else words[-1]
+            stage = words[-1] if "cycle" in words else "learning_rate" if words[0] == "learning" else words[0]
             total[stage] = total.get(stage, 0.0) + json.loads(path.read_text())["seconds"]
         return {stage: seconds for stage, seconds in total.items() if stage != "summary"}
 

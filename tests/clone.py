@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ("01_harvest", "02_train_cycle", "03_attribute", "04_distill", "05_retrain_across_k", "06_saebench",
-             "07_figures")  # fmt: skip
+             "07_figures", "09_learning_rate")  # fmt: skip
 PARAMETERS = """config = "toy"  # a name
 run = ""
 overrides = []  # e.g. ["seed=1"]"""

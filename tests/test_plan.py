@@ -19,7 +19,7 @@ from dmsae_lib.run_notebook import check_parameters, parameters_of
 
 CYCLES = [f"cycle_{t}_{step}" for t in (0, 1) for step in ("train", "attribute", "distill")]
 RETRAIN, SCORES = ["retrain_k4", "retrain_k8"], ["saebench_k4", "saebench_k8"]
-ALL = ["harvest", *CYCLES, *RETRAIN, "saebench_baselines", *SCORES, "summary"]
+ALL = ["harvest", *CYCLES, "learning_rate", *RETRAIN, "saebench_baselines", *SCORES, "summary"]
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def test_a_dry_run_lists_the_whole_experiment_in_order(fresh):
 
 
 CHANGES = {
-    "seed=1": [*CYCLES, *RETRAIN, *SCORES, "summary"],
-    "training.lr=0.002": [*CYCLES, *RETRAIN, *SCORES, "summary"],
-    "sae.prefixes=[8,16]": [*CYCLES, *RETRAIN, *SCORES, "summary"],
+    "seed=1": [*CYCLES, "learning_rate", *RETRAIN, *SCORES, "summary"],
+    "training.lr=0.002": [*CYCLES, "learning_rate", *RETRAIN, *SCORES, "summary"],
+    "sae.prefixes=[8,16]": [*CYCLES, "learning_rate", *RETRAIN, *SCORES, "summary"],
     "distill.coverage=0.8": [*CYCLES[1:], *RETRAIN, *SCORES, "summary"],
     "distill.final_core=all_of_last": [*RETRAIN, *SCORES, "summary"],
     "distill.cycles=2": ["cycle_2_train", "cycle_2_attribute", "cycle_2_distill", *RETRAIN, *SCORES, "summary"],

@@ -1,7 +1,6 @@
 """The adapter to SAEBench: known answers, our own metrics against its, caches, and what it leaves behind."""
 
 import json
-import os
 import random
 import socket
 
@@ -104,7 +103,7 @@ def test_core_agrees_with_a_plain_recomputation(llama):
 
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(llama.folder_or_id)
+    plain = AutoModelForCausalLM.from_pretrained(llama.folder)
     plain.model.layers[0].register_forward_hook(
         lambda module, given, out: torch.where(usable[..., None], sae(out), out))  # fmt: skip
     with torch.no_grad():
@@ -261,10 +260,8 @@ def test_bad_input_is_one_sentence(llama, tmp_path, planted):
         saebench.run_core(sae, llama, np.empty((0, CONTEXT), dtype=np.int64))
 
 
-@pytest.mark.skipif("DMSAE_TEST_MODEL" not in os.environ, reason="DMSAE_TEST_MODEL does not name a model's folder")
-def test_core_on_an_outside_model():
-    folder = os.environ["DMSAE_TEST_MODEL"]
-    model = LanguageModel(ModelConfig(name=folder, hook_name="blocks.1.hook_resid_post", context_size=CONTEXT))
+def test_core_on_an_outside_model(test_model):
+    model = load_model(test_model, layer=1)
     ids = model.tokenizer("Once upon a time, there was a little girl. " * 60, add_special_tokens=False)["input_ids"]
     tokens = np.array([[model.bos, *ids[i : i + CONTEXT - 1]] for i in range(0, 4 * CONTEXT, CONTEXT)])
     found = saebench.run_core(identity_sae(model.d_model), model, tokens)

@@ -1,0 +1,275 @@
+"""Bad input: what is wrong -> one sentence that names the setting, the value and the remedy, before any computing.
+
+The table is checked where the sentence is made; a few rows of it also through the command that a user gives. Python
+versions, clone paths and damaged artefacts have tests of their own (test_plan, test_environment, test_artifacts).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_model
+
+from dmsae_lib.artifacts import UserError
+from dmsae_lib.config import DataConfig, ModelConfig, load_config
+from dmsae_lib.corpus import tokenise
+from dmsae_lib.language_model import LanguageModel
+from dmsae_lib.run_notebook import check_parameters
+from dmsae_lib.sae import MatryoshkaSAE
+
+ROOT = Path(__file__).parents[1]
+CONTEXT = 32
+
+
+def assert_one_sentence(message: str, *parts: str) -> None:
+    assert "\n" not in message and message.endswith(".") and len(message) < 500, message
+    for part in parts:
+        assert part in message, f"{part!r} is not in: {message}"
+
+
+# The configuration: overrides of configs/smoke.yaml -> what the sentence holds
+
+CONFIG = {
+    "a misspelt key": (["training.learning_rat=1"], ["unknown key training.learning_rat"]),
+    "a misspelt section": (["trainning.k=1"], ["unknown key trainning", "did you mean training?"]),
+    "text for a number": (["training.k=many"], ["training.k is 'many'", "a valid integer"]),
+    "a fraction for a whole number": (["training.k=1.5"], ["training.k is 1.5", "a valid integer"]),
+    "a negative number": (["training.lr=-1"], ["training.lr is -1", "greater than 0"]),
+    "an unknown choice": (["training.core_sparsity=topk"], ["training.core_sparsity is 'topk'", "'relu' or 'batchtopk'"]),
+    "a coverage above 1": (["distill.coverage=1.2"], ["distill.coverage is 1.2", "less than 1"]),
+    "an unknown arm": (["retrain.arms=[none, distiled]"], ["retrain.arms.1 is 'distiled'", "'distilled'"]),
+    "no value": (["training.k"], ["'training.k' is not of the form section.key=value"]),
+    "broken YAML": (["training.k=[1"], ["'training.k=[1'", "not valid YAML"]),
+    "a setting below a setting": (["training.k.x=1"], ["k is not a section"]),
+    "a required section taken out": (["model=null"], ["model is None", "dictionary"]),
+    "prefixes that do not increase": (["sae.prefixes=[16, 16, 48]"], ["sae.prefixes is [16, 16, 48]", "increase"]),
+    "no prefixes": (["sae.prefixes=[]"], ["sae.prefixes is []"]),
+    "a prefix as wide as the SAE": (["sae.prefixes=[16, 256]"], ["sae.prefixes ends at 256", "below sae.d_sae = 256"]),
+    "k above the width": (["training.k=257"], ["training.k is 257", "sae.d_sae = 256"]),
+    "a later k above the width": (["retrain.ks=[32, 300]"], ["retrain.ks is 300", "sae.d_sae = 256"]),
+    "less text than one batch": (["data.train_tokens=100"], ["data.train_tokens is 100", "training.batch_size = 256"]),
+    "a buffer smaller than two batches": (["data.store=stream", "data.buffer_rows=3"], ["data.buffer_rows is 3", "256"]),
+    "controls at a k that is not trained": (["retrain.controls_at=[40]"], ["retrain.controls_at is 40", "retrain.ks"]),
+    "more draws than seeds": (["retrain.controls={random: 2}"], ["2 seeds of random", "retrain.seeds = [0]"]),
+    "an arm twice": (["retrain.controls={none: 1}"], ["retrain.controls names ['none']", "retrain.arms"]),
+    "no seeds": (["retrain.seeds=[]"], ["retrain.seeds", "one entry at least"]),
+    "too little text for fresh tokens": (["data.fresh_factor=2"], ["data.fresh_factor is 2", "distill.cycles + 1 = 3"]),
+    "two chains of one name": (["distill.chains=[{name: a}, {name: a}]"], ["distill.chains is ['a', 'a']", "differ"]),
+    "a hook of another kind": (["model.hook_name=blocks.1.hook_mlp_out"],
+                               ["model.hook_name is 'blocks.1.hook_mlp_out'", "blocks.12.hook_resid_post"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIG)
+def test_configuration(case):
+    overrides, parts = CONFIG[case]
+    with pytest.raises(UserError) as caught:
+        load_config("smoke", overrides)
+    assert_one_sentence(str(caught.value).replace("did you mean training?", "did you mean training?."), *parts)
+
+
+FILES = {
+    "missing": (None, ["There is no configuration", "use one of default,"]),
+    "empty": ("", ["holds no settings"]),
+    "a list": ("- 1", ["holds no settings"]),
+    "broken YAML": ("model: {name: [x}", ["is not valid YAML"]),
+    "tabs": ("model:\n\tname: x", ["is not valid YAML"]),
+    "not text": (b"\xff\xfe\x00", ["is not valid YAML"]),
+    "without a section": ("seed: 0", ["the key model is missing; add it"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_configuration_file(case, tmp_path):
+    content, parts = FILES[case]
+    if content is not None:
+        (tmp_path / "my.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "my.yaml")
+    assert_one_sentence(str(caught.value), "my.yaml", *parts)
+
+
+PARAMETERS = {
+    "a misspelt parameter": ({"cicle": "1"}, ["02_train_cycle.ipynb has no parameter 'cicle'", "config, cycle"]),
+    "text for a number": ({"cycle": "first"}, ["the parameter cycle is 'first'", "of type int"]),
+}
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_notebook_parameters(case):
+    given, parts = PARAMETERS[case]
+    with pytest.raises(UserError) as caught:
+        check_parameters(given, {"config": "smoke", "cycle": 0}, "02_train_cycle.ipynb")
+    assert_one_sentence(str(caught.value), *parts)
+
+
+# The model: what is done to the folder of a good one (or which settings differ) -> what the sentence holds
+
+
+def truncate(name: str, keep: float) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, int((folder / name).stat().st_size * keep))
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
+
+
+def edit_json(name: str, **changed: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changed))
+
+    return edit
+
+
+def drop_a_weight(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def larger_tokenizer(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token = {"id": 9999, "content": "<extra>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": True}  # fmt: skip
+    content["added_tokens"] += [token | {"id": 5000 + i, "content": f"<extra{i}>"} for i in range(100)]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+MODEL: dict[str, tuple[Callable[[Path], object] | dict, list[str]]] = {
+    "a hook that does not exist": ({"hook_name": "blocks.2.hook_resid_post"},
+        ["model.hook_name is blocks.2.hook_resid_post", "has only 2 layers", "the last hook is blocks.1.hook_resid_post"]),
+    "a context longer than the model's": ({"context_size": 64}, ["model.context_size is 64", "at most 32", "lower it"]),
+    "no such folder": ({"name": "./nowhere"}, ["model.name is ./nowhere", "no such folder"]),
+    "no such embedded model": ({"name": "wheeltext"}, ["model.name is wheeltext", "wheeltext-4x128", "Hub id"]),
+    "a Hub id, offline": ({"name": "nobody-knows/such-a-model"},
+        ["model.name is nobody-knows/such-a-model", "the Hub did not give it", "check the name, the network"]),
+    "without config.json": (remove("config.json"), ["model.name is", "holds no config.json", "Hub format"]),
+    "a truncated config.json": (truncate("config.json", 0.5), ["model.name is", "config.json", "get its files again"]),
+    "a model of another kind": (edit_json("config.json", model_type="no_such_kind"), ["model.name is", "config.json", "choose"]),
+    "without weights": (remove("model.safetensors"), ["model.name is", "holds no .safetensors file", "put the weights there"]),
+    "with pickled weights alone": (pickled_weights, ["model.name is", "holds no .safetensors file"]),
+    "truncated weights": (truncate("model.safetensors", 0.5), ["model.name is", "could not be loaded", "get it again"]),
+    "truncated to nothing": (truncate("model.safetensors", 0), ["model.name is", "could not be loaded", "get it again"]),
+    "weights of other sizes": (edit_json("config.json", intermediate_size=48), ["model.name is", "could not be loaded"]),
+    "a weight missing": (drop_a_weight, ["lack 1 of the weights", "model.layers.1.mlp.up_proj.weight", "get them again"]),
+    "without a tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), ["model.name", "tokenizer.json", "put"]),
+    "a truncated tokenizer": (truncate("tokenizer.json", 0.5), ["model.name", "tokenizer", "put its tokenizer.json"]),
+    "another model's tokenizer": (larger_tokenizer, ["its tokenizer has", "its model only 320", "trained with"]),
+    "a tokenizer without BOS and EOS": (edit_json("tokenizer_config.json", bos_token=None, eos_token=None),
+        ["neither a BOS nor an EOS token", "tokenizer_config.json"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good_model(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("good") / "model", context=CONTEXT)
+
+
+def settings_of(folder: Path) -> dict[str, object]:
+    return {"name": str(folder), "hook_name": "blocks.0.hook_resid_post", "context_size": CONTEXT}
+
+
+def test_the_good_model_loads(good_model):
+    assert LanguageModel(ModelConfig(**settings_of(good_model))).n_layers == 2
+
+
+@pytest.mark.parametrize("case", MODEL)
+def test_model(case, good_model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done, parts = MODEL[case]
+    folder = tmp_path / "model"
+    shutil.copytree(good_model, folder)
+    settings = settings_of(folder)
+    settings |= done if isinstance(done, dict) else (done(folder) or {})
+    started = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        LanguageModel(ModelConfig(**settings))
+    assert_one_sentence(str(caught.value), *parts)
+    assert time.perf_counter() - started < 20 and "Traceback" not in capfd.readouterr().err
+
+
+# The text: files -> what the sentence holds
+
+TEXTS: dict[str, tuple[str, bytes | None, list[str]]] = {
+    "missing": ("./my.txt", None, ["data.source is ./my.txt", "no such file or folder"]),
+    "missing, below a folder": ("texts/my.jsonl", None, ["data.source is texts/my.jsonl", "no such file or folder"]),
+    "a Hub data set, offline": ("nobody-knows/such-texts", None,
+        ["data.source is nobody-knows/such-texts", "data set that can be read", "check the name"]),
+    "an empty file": ("my.txt", b"", ["data.train_tokens asks for 300", "my.txt holds 0", "give more text"]),
+    "too short for one batch": ("my.txt", b"a few words\n\nand some more", ["data.train_tokens asks for 300", "lower it"]),
+    "one document, so one split": ("my.txt", b"word " * 5000, ["holds 0", "documents go to the splits by their hash"]),
+    "an empty folder": (".", None, ["data.source is .", "holds no .txt or .jsonl file"]),
+    "a file of another kind": ("my.csv", b"text\nx", ["my.csv", "no .txt or .jsonl file"]),
+    "not UTF-8": ("my.txt", b"caf\xe9", ["my.txt is not UTF-8 text", "at byte 3", "convert it"]),
+    "jsonl, not UTF-8": ("my.jsonl", b'{"text": "caf\xe9"}', ["my.jsonl is not UTF-8 text", "convert it"]),
+    "jsonl with a bad line": ("my.jsonl", b'{"text": "x"}\n\n{"text": "y"\n', ["line 3 of my.jsonl", "mend the line"]),
+    "jsonl without the field": ("my.jsonl", b'{"body": "x"}\n', ["line 1 of my.jsonl", "'text'", "data.text_field"]),
+    "jsonl with a number for text": ("my.jsonl", b'{"text": 5}\n', ["line 1 of my.jsonl", "'text'"]),
+    "jsonl with lists": ("my.jsonl", b"[1]\n", ["line 1 of my.jsonl", "JSON object"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_text(case, tmp_path, monkeypatch):
+    from test_corpus import WordTokenizer
+
+    source, content, parts = TEXTS[case]
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(source).write_bytes(content)
+    data = DataConfig(source=source, train_tokens=300, select_tokens=10, test_tokens=10)
+    with pytest.raises(UserError) as caught:
+        tokenise(data, WordTokenizer(), 16)
+    assert_one_sentence(str(caught.value), *parts)
+
+
+def test_a_core_larger_than_the_width():
+    with pytest.raises(UserError) as caught:
+        MatryoshkaSAE(8, 64, (16, 32), torch.zeros(40, 8))
+    assert_one_sentence(str(caught.value), "sae.d_sae is 64", "a core of 40", "raise sae.d_sae")
+
+
+# Through the command: exit code, one sentence, nothing half-written
+
+COMMANDS = {
+    "an unknown parameter": (["-p", "confg", "smoke"], "01_harvest.ipynb has no parameter 'confg'"),
+    "an unknown key": (["-p", "overrides", '["training.kk=3"]'], "unknown key training.kk"),
+    "a parent that is missing": (["-p", "cycle", "1"], "There is no harvest artefact in"),
+    "truncated weights": (["-p", "overrides", '["model.name={model}"]'], "model.name is {model}: it could not be loaded"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_command(case, good_model, tmp_path):
+    words, sentence = COMMANDS[case]
+    model = tmp_path / "model"
+    shutil.copytree(good_model, model)
+    truncate("model.safetensors", 0.5)(model)
+    notebook = "02_train_cycle" if "cycle" in words else "01_harvest"
+    run = f"bad-input-{os.getpid()}"
+    words = [word.replace("{model}", str(model)) for word in words]
+    command = [sys.executable, "-m", "dmsae_lib.run_notebook", f"notebooks/{notebook}.ipynb", str(tmp_path / "out" / "stage.ipynb"),
+               "-p", "run", run, *words]  # fmt: skip
+    try:
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        left = sorted(path.name for path in (ROOT / "runs" / run).rglob("*")) if (ROOT / "runs" / run).exists() else []
+    finally:
+        shutil.rmtree(ROOT / "runs" / run, ignore_errors=True)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr.startswith("error: ") and sentence.replace("{model}", str(model)) in ended.stderr
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert left == [] and not (tmp_path / "out" / "stage.ipynb").exists()
