@@ -104,7 +104,7 @@ class RetrainConfig(Section):
 
 class SaebenchConfig(Section):
     probing_sets: list[str] | None = None  # None: the fixed list of dmsae_lib.corpus; [] : none
-    probing_ks: list[Positive] = [1, 5]
+    probing_ks: list[Positive] = Field([1, 5], min_length=1)
     core_rows: Positive = 64
     seed: int = 0
 
@@ -247,7 +247,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(f"There is no configuration {path}: use one of {names}, or the path of a YAML file.")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no settings: it must be a YAML mapping.")

@@ -105,7 +105,7 @@ def _hub_texts(data: DataConfig) -> Iterator[str]:
     """The documents of a Hub data set, streamed."""
     import datasets
 
-    remedy = "check the name, data.subset, data.split and the network, or download it and give the folder"
+    remedy = "check the name, data.subset, data.split and the network, or give a local .txt or .jsonl file"
     try:
         for row in datasets.load_dataset(data.source, data.subset, split=data.split, streaming=True):
             if not isinstance(row.get(data.text_field), str):

@@ -101,8 +101,8 @@ class LanguageModel:
         self.layer = int(config.hook_name.split(".")[1])
         vocabulary = self._check_config()
         self.tokenizer = load_tokenizer(self.folder, config.trust_remote_code)
-        if len(self.tokenizer) > vocabulary:
-            raise UserError(f"model.name is {config.name}: its tokenizer has {len(self.tokenizer)} tokens but its model only "
+        if self.tokenizer.vocab_size > vocabulary:
+            raise UserError(f"model.name is {config.name}: its tokenizer has {self.tokenizer.vocab_size} tokens but its model only "
                             f"{vocabulary}; put the tokenizer beside it that the model was trained with.")
         self.bridge = self._load()
         self.bridge.eval().requires_grad_(False)
@@ -139,7 +139,7 @@ class LanguageModel:
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, output_loading_info=True,
-                trust_remote_code=self.config.trust_remote_code,
+                ignore_mismatched_sizes=True, trust_remote_code=self.config.trust_remote_code,
             )  # fmt: skip
             bridge = TransformerBridge.boot_transformers(
                 str(self.folder), hf_model=model.to(self.device), device=self.device, dtype=dtype, tokenizer=self.tokenizer,
@@ -148,9 +148,9 @@ class LanguageModel:
         except Exception as error:  # safetensors, torch and both libraries raise kinds of their own
             raise UserError(f"model.name is {name}: it could not be loaded ({_first_line(error)}); if a file is damaged or "
                             "missing, get it again.") from error
-        if absent := sorted(report["missing_keys"]):  # they would be random
-            raise UserError(f"model.name is {name}: its files lack {len(absent)} of the weights, {absent[0]} for one; get them "
-                            "again.")
+        if wrong := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):  # they are random now
+            raise UserError(f"model.name is {name}: {len(wrong)} of its weights are missing or of another size than config.json "
+                            f"says, {wrong[0]} for one; get its files again.")
         return bridge
 
     @property

@@ -93,10 +93,13 @@ def stages(config: RunConfig) -> list[Stage]:
         found.append(Stage(f"retrain_k{k}", "05_retrain_across_k", f"retrain/k{k}/index", cycles, {"k": k},
                            settings | {"arms": arms}))  # fmt: skip
     scoring = _slice(config, *COMPUTING, "saebench")
-    found.append(Stage("saebench_baselines", "06_saebench", "saebench/baselines", ("harvest",), {"k": 0}, scoring))
+    before = ("harvest",)
+    if config.saebench.probing_sets != []:
+        found.append(Stage("saebench_baselines", "06_saebench", "saebench/baselines", before, {"k": 0}, scoring))
+        before = ("harvest", "saebench/baselines")  # where the model's activations on the probing sets are cached
     for k in config.retrain.ks:
         found.append(Stage(f"saebench_k{k}", "06_saebench", f"saebench/k{k}/index",
-                           ("harvest", f"retrain/k{k}/index"), {"k": k}, scoring))  # fmt: skip
+                           (*before, f"retrain/k{k}/index"), {"k": k}, scoring))  # fmt: skip
     everything = tuple(stage.artefact for stage in found)
     return [*found, Stage("summary", "07_figures", "summary", everything, {}, config.model_dump(mode="json"))]
 
