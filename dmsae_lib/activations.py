@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmsae_lib.artifacts import Artifact, Writer
+from dmsae_lib.artifacts import Artifact, UserError, Writer
 from dmsae_lib.config import DataConfig
 from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
 from dmsae_lib.seeds import generator
@@ -129,6 +129,9 @@ class StoredActivations:
 
     def batches(self, batch_size: int, seed: int, name: str, cursor: Cursor = (0, 0, 0)) -> Iterator[tuple[Tensor, Cursor]]:
         """Endless batches; ``name`` and ``seed`` fix the order, the cursor where to start."""
+        if len(self) < batch_size:
+            raise UserError(f"training.batch_size is {batch_size}: the harvest holds {len(self)} activations; lower it, or "
+                            "raise data.train_tokens or data.outlier_norm.")
         epoch, _, offset = cursor
         while True:
             order = torch.randperm(len(self), generator=generator(seed, "order", name, epoch))
@@ -157,12 +160,17 @@ class StreamedActivations:
         epoch, block, offset = cursor
         while True:
             order = torch.randperm(len(self.split["tokens"]), generator=generator(seed, "order", name, epoch)).numpy()
+            served = block > 0 or offset > 0
             while block * self.buffer_rows < len(order):
                 x = self.block(order[block * self.buffer_rows : (block + 1) * self.buffer_rows])
+                served = served or len(x) >= batch_size
                 inner = torch.randperm(len(x), generator=generator(seed, "block", name, epoch, block)).to(x.device)
                 for start in range(offset, len(x) - batch_size + 1, batch_size):
                     yield x[inner[start : start + batch_size]], (epoch, block, start + batch_size)
                 block, offset = block + 1, 0
+            if not served:
+                raise UserError(f"data.buffer_rows is {self.buffer_rows}: no block of so many contexts fills one batch of "
+                                f"training.batch_size = {batch_size} tokens; raise it.")
             epoch, block = epoch + 1, 0
 
 

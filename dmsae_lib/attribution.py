@@ -74,11 +74,11 @@ def attribute(model: LanguageModel, sae: MatryoshkaSAE, split: dict[str, np.ndar
     """
     n = sae.n_core + sae.prefixes[0]
     sums = [_Sums(n), _Sums(n)]
-    for tokens, lengths in batches(split, model.config.batch_rows, model.device):
-        for half in (0, 1):
-            if len(tokens[half::2]):
-                f, g = gradient_at_prefix0(model, sae, tokens[half::2], lengths[half::2])
-                sums[half].add(f, contributions(f, g, sae))
+    for half in (0, 1):
+        contexts = {name: array[half::2] for name, array in split.items()}
+        for tokens, lengths in batches(contexts, model.config.batch_rows, model.device):
+            f, g = gradient_at_prefix0(model, sae, tokens, lengths)
+            sums[half].add(f, contributions(f, g, sae))
     whole = sums[0] + sums[1]
     halves = (sums[0].scores(quantile)[aggregator], sums[1].scores(quantile)[aggregator])
     active = whole.active.clamp_min(1)

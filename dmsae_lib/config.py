@@ -121,6 +121,7 @@ class RunConfig(Section):
     distill: DistillConfig
     retrain: RetrainConfig
     saebench: SaebenchConfig = SaebenchConfig()
+    learning_rate_sweep: list[Annotated[float, Field(gt=0)]] = []  # multiples of training.lr tried on cycle 0
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "RunConfig":

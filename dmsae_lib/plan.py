@@ -84,8 +84,9 @@ def stages(config: RunConfig) -> list[Stage]:
     cycles = tuple(stage.artefact for stage in found)  # random cores are drawn from the latents of every cycle
     for chain in config.distill.chains:
         found += _chain_stages(config, chain.name)
-    found.append(Stage("learning_rate", "09_learning_rate", "learning_rate/record", ("harvest",), {},
-                       _slice(config, *COMPUTING, "seed", "sae", "training")))  # fmt: skip
+    if config.learning_rate_sweep:
+        found.append(Stage("learning_rate", "09_learning_rate", "learning_rate/record", ("harvest",), {},
+                           _slice(config, *COMPUTING, "seed", "sae", "training", factors=config.learning_rate_sweep)))  # fmt: skip
     settings = _slice(config, *COMPUTING, "sae", "training", *SELECTION, "distill.final_core")
     settings["training"].pop("k")  # each of these SAEs has its own
     for k in config.retrain.ks:

@@ -27,8 +27,9 @@ def lock(run: Run) -> int:
         raise UserError(f"runs/{run.name} is in use by {owner}: wait until that has ended, or name this run "
                         "otherwise with RUN=name.") from error  # fmt: skip
     owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%d %b %H:%M')}"
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, owner.encode(), 0)
+    with contextlib.suppress(OSError):  # on a full disk, too, `make clean` must get the lock
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode(), 0)
     os.set_inheritable(descriptor, True)
     return descriptor
 

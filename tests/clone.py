@@ -24,6 +24,7 @@ TOY = {
     "training": {"k": 8, "batch_size": 100, "lr": 0.001},
     "distill": {"cycles": 1},
     "retrain": {"ks": [4, 8], "seeds": [0]},
+    "learning_rate_sweep": [1.0],
 }  # fmt: skip
 
 

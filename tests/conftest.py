@@ -1,6 +1,8 @@
 """Fixtures shared by the tests of the numerical modules."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,25 @@ def test_model() -> Path:
     if not folder:
         pytest.skip("DMSAE_TEST_MODEL names no model folder to try a run from outside on")
     return Path(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Maker of a file system of a given size (``256k``) in memory; skips where none can be mounted."""
+    made = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / "small disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a file system can be mounted by root alone")
+        made.append(folder)
+        return folder
+
+    yield mount
+    for folder in made:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="session")

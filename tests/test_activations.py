@@ -105,8 +105,9 @@ def take(source, batches: int, batch_size: int = 8, seed: int = 0, name: str = "
 
 def test_the_text_has_what_it_is_meant_to_have():
     split = make_split()
-    assert len(ALL) == len(set(ALL)) == 143 and JUNK in split["tokens"] and (split["tokens"][:, 1:] == BOS).any()
-    assert usable_count(split, BOS).tolist() == [sum(t != BOS for t in row[:n]) for row, n in zip(split["tokens"], split["lengths"])]
+    assert len(ALL) == len(set(ALL)) == 141 and JUNK in split["tokens"] and (split["tokens"][:, 1:] == BOS).any()
+    counts = [sum(t != BOS for t in row[:n]) for row, n in zip(split["tokens"], split["lengths"])]
+    assert usable_count(split, BOS).tolist() == counts
 
 
 def test_the_harvest_holds_the_usable_tokens_in_order(stored):
@@ -247,5 +248,5 @@ def test_too_small_a_buffer_says_so_instead_of_looping():
 
 
 def test_too_few_stored_activations_say_so(stored):
-    with pytest.raises(UserError, match="training.batch_size is 150.* 143 activations"):
+    with pytest.raises(UserError, match="training.batch_size is 150: the harvest holds 141 activations"):
         take(stored, 1, batch_size=150)

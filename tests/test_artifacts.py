@@ -208,32 +208,20 @@ def test_a_file_size_limit_is_one_sentence_and_the_old_artefact_stays(made, way)
     assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB in memory."""
-    folder = tmp_path / "small disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("a file system can be mounted by root alone")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_full_disk_is_one_sentence_and_the_old_artefact_stays(small_disk, way):
-    made = make(small_disk / "an artefact")
+    made = make(small_disk("256k") / "an artefact")
     assert_refused(made.folder, way, "the disk is full: free some space")
     assert value_of(made.folder) == 1.0
-    assert [path.name for path in small_disk.iterdir()] == ["an artefact"]
+    assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]
 
 
 def test_a_read_only_file_system_is_one_sentence_also_for_root(small_disk):
-    made = make(small_disk / "an artefact")
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    made = make(small_disk("256k") / "an artefact")
+    subprocess.run(["mount", "-o", "remount,ro", made.folder.parent], check=True)
     assert_refused(made.folder, "json", "the file system is read-only")
     with pytest.raises(UserError, match="the file system is read-only"):
-        write_json(small_disk / "x.json", 1)
+        write_json(made.folder.parent / "x.json", 1)
     assert value_of(made.folder) == 1.0
 
 

@@ -55,7 +55,7 @@ def by_autograd(model, sae: MatryoshkaSAE, tokens: torch.Tensor, lengths: torch.
     """f_i df_i for every candidate and usable position, the graph going through f, on the Transformers model itself."""
     import transformers
 
-    llama = transformers.AutoModelForCausalLM.from_pretrained(model.folder_or_id, dtype=torch.float32).eval()
+    llama = transformers.AutoModelForCausalLM.from_pretrained(model.config.name, dtype=torch.float32).eval()
     kept = {}
     layer = llama.model.layers[0]
     handle = layer.register_forward_hook(lambda _, __, out: kept.update(resid=out))
@@ -88,15 +88,15 @@ def test_contributions_equal_autograd_through_the_latents(tiny_llama, sae, rando
     expected = by_autograd(tiny_llama, sae, tokens, lengths)
     assert A.shape == expected.shape == (int(usable_positions(tokens, lengths, 0).sum()), CORE + PREFIX0)
     assert float((A - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-    assert 0.1 < float((f > 0).float().mean()) < 0.9 and float(expected.abs().median()) == 0 or float(expected.abs().mean()) > 0
+    assert 0.1 < float((f > 0).float().mean()) < 0.9
 
 
 def test_deeper_latents_play_no_part(tiny_llama, sae, random_split):
     tokens, lengths = next(batches(random_split(4, seed=2), 4, "cpu"))
     changed = sae.folded(1.0)
     changed.W_dec[CORE + PREFIX0 :] *= 7.0
-    for one, two in zip(gradient_at_prefix0(tiny_llama, sae, tokens, lengths), gradient_at_prefix0(tiny_llama, changed, tokens, lengths)):
-        assert torch.equal(one, two)
+    whole, without = (gradient_at_prefix0(tiny_llama, one, tokens, lengths) for one in (sae, changed))
+    assert torch.equal(whole[0], without[0]) and torch.equal(whole[1], without[1])
 
 
 def test_bos_and_padding_keep_the_models_own_residual(tiny_llama, sae, random_split, monkeypatch):
@@ -182,7 +182,8 @@ def test_rows_of_the_table(table):
     rows = table.rows()
     assert [row["index"] for row in rows] == list(range(CORE + PREFIX0))
     assert [row["is_core"] for row in rows] == [1] * CORE + [0] * PREFIX0
-    assert set(rows[0]) == {"index", "is_core", "frequency", "mean_activation", "mean_abs", "abs_mean", "quantile", "half_a", "half_b"}
+    assert set(rows[0]) == {"index", "is_core", "mean_activation", "mean_abs", "abs_mean", "quantile", "frequency", "half_a",
+                            "half_b"}  # fmt: skip
     assert rows[5]["mean_abs"] == float(table.scores["mean_abs"][5]) and rows[5]["half_b"] == float(table.halves[1][5])
 
 

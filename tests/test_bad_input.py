@@ -4,6 +4,7 @@ The table is checked where the sentence is made; a few rows of it also through t
 versions, clone paths and damaged artefacts have tests of their own (test_plan, test_environment, test_artifacts).
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clone import make, make_clone
 from tiny_models import save_model
 
 from dmsae_lib.artifacts import UserError
@@ -270,3 +272,27 @@ def test_command(case, good_model, tmp_path):
     assert ended.stderr.startswith("error: ") and sentence.replace("{model}", str(model)) in ended.stderr
     assert ended.stderr.count("\n") == 1, ended.stderr
     assert left == [] and not (tmp_path / "out" / "stage.ipynb").exists()
+
+
+def fill(folder: Path) -> None:
+    with open(folder / "fill", "wb", buffering=0) as handle, contextlib.suppress(OSError):
+        while handle.write(b"x" * 4096):
+            pass
+
+
+def test_a_full_and_a_read_only_disk_through_make(small_disk):
+    clone = make_clone(small_disk("8m") / "a clone")
+    assert make(clone, "-n", "stages").returncode == 0
+    before = {path: path.read_bytes() for path in (clone / "runs").rglob("*") if path.is_file()}
+    fill(clone)
+    ended = make(clone, "stages", "SET=training.lr=0.5", "RUN=toy2")
+    assert ended.returncode != 0 and "Traceback" not in ended.stderr
+    assert_one_sentence(ended.stderr.splitlines()[0], "Cannot write", "runs/toy2", "the disk is full: free some space")
+    subprocess.run(["mount", "-o", "remount,ro", clone.parent], check=True)
+    ended = make(clone, "stages", "RUN=toy3")
+    assert ended.returncode != 0 and "Traceback" not in ended.stderr
+    assert_one_sentence(ended.stderr.splitlines()[0], "Cannot write", "runs/toy3", "the file system is read-only")
+    subprocess.run(["mount", "-o", "remount,rw", clone.parent], check=True)
+    assert before == {path: path.read_bytes() for path in before}
+    ended = make(clone, "clean")  # what makes room must work without any
+    assert ended.returncode == 0 and not (clone / "runs" / "toy").exists(), ended.stderr

@@ -18,7 +18,7 @@ from dmsae_lib.run_notebook import parameters_of
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
-DOCUMENTED = {"config", "run", "overrides", "cycle", "chain", "k", "core", "seed"}
+DOCUMENTED = {"config", "run", "overrides", "cycle", "chain", "k", "core", "seed", "factors"}
 
 
 def test_the_notebooks_are_numbered_in_the_order_of_the_paper():

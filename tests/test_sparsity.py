@@ -93,7 +93,7 @@ def test_budget(batch, k, core, k_min, kept):
 
 
 @pytest.mark.parametrize("n", [1, 2, 37, 500, 2499])
-@pytest.mark.parametrize("resolution, passes", [(8, 2), (64, 2), (4096, 3)])
+@pytest.mark.parametrize("resolution, passes", [(8, 2), (2, 15), (3, 8), (64, 2), (4096, 3)])
 def test_calibrated_threshold_is_just_below_the_nth_largest(n, resolution, passes):
     """Bracketed from below to max / resolution**passes, plus what float32 comparisons of the bin edges can move."""
     values = torch.from_numpy(np.random.default_rng(n).gamma(0.7, 2.0, 5000)).float()
