@@ -40,8 +40,8 @@ def sae(tiny_llama) -> MatryoshkaSAE:
         sae.b_enc.copy_(0.1 * torch.randn(40, generator=random))
         sae.b_dec.copy_(0.1 * torch.randn(tiny_llama.d_model, generator=random))
     x = tiny_llama.lower(torch.arange(3, 19)[None])
-    sae.threshold.fill_(float(sae.pre_activations(x).median()))
-    return sae.requires_grad_(False)
+    sae.requires_grad_(False).threshold.fill_(float(sae.pre_activations(x).median()))
+    return sae
 
 
 def with_rows(model, rows: int):
@@ -210,7 +210,9 @@ def test_smallest_cover_by_hand():
     assert smallest_cover(torch.tensor([1.0, 5.0, 3.0, 1.0]), 0.8).tolist() == [1, 2]  # exactly 0.8
     assert smallest_cover(torch.tensor([1.0, 5.0, 3.0, 1.0]), 0.81).tolist() == [1, 2, 0]  # a tie: the lower index
     assert smallest_cover(torch.tensor([0.0, 2.0, 0.0]), 0.99).tolist() == [1]
-    assert smallest_cover(torch.full((10,), 0.1, dtype=torch.float64), 0.7).tolist() == list(range(7))  # rounding of 0.1 * 7
+    for n in range(1, 10):  # sums of 0.1 are rounded, 0.8 and 0.9 of the total to below
+        assert smallest_cover(torch.full((10,), 0.1, dtype=torch.float64), n / 10).tolist() == list(range(n))
+    assert smallest_cover(torch.ones(5000, dtype=torch.float64), 0.5).tolist() == list(range(2500))  # ties, many of them
     assert smallest_cover(torch.zeros(3), 0.9).tolist() == []
 
 

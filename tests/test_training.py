@@ -152,7 +152,10 @@ def test_a_checkpoint_of_something_else_is_ignored(tmp_path):
         assert not fresh.resume(folder, other)
         assert_bit_equal(fresh, untouched)
     assert not new_trainer().resume(tmp_path / "nothing", parents)
-    assert new_trainer().resume(folder, {"settings": "b", "harvest": "a"})  # in any order
+    again = new_trainer()
+    assert again.resume(folder, {"settings": "b", "harvest": "a"})  # in any order
+    again.optimizer.param_groups[0]["lr"] = saved.optimizer.param_groups[0]["lr"]  # the schedule sets it at every step
+    assert_bit_equal(again, saved)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -177,6 +180,16 @@ def test_a_diverged_loss_is_told_apart():
         trainer.sae.b_dec[0] = float("inf")
     with pytest.raises(UserError, match="Step 0: the loss hold"):
         trainer.train_step(batch(0))
+
+
+def test_autocast_is_passed_on():
+    """bfloat16 products, float32 weights, moments and double threshold; near the exact run after two steps."""
+    exact, fast = new_trainer(), new_trainer(autocast=True)
+    for step in range(2):
+        losses = [float(trainer.train_step(batch(step)).loss) for trainer in (exact, fast)]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+    tensors = state_of(fast)["tensors"]
+    assert {name: t.dtype for name, t in tensors.items()} == {name: t.dtype for name, t in state_of(exact)["tensors"].items()}
 
 
 def test_too_few_activations(tmp_path):
