@@ -11,7 +11,7 @@ from dmsae_lib.results import Results
 
 REFERENCES = (("dense", "dense probe", (0, (4, 2))), ("best_channel", "best residual channel", (0, (1, 1.5))))
 PLAIN = {"loss_recovered": "loss recovered (fraction)", "fvu": "FVU (fraction)"}
-SCORES = {"ce_loss_score": "CE loss score (fraction)", "explained_variance": "explained variance (fraction)",
+SCORES = {"ce_loss_score": "CE loss score (fraction)", "explained_variance_legacy": "explained variance (fraction)",
           "probe_top1": "probing accuracy, top 1", "probe_top5": "probing accuracy, top 5"}
 
 
@@ -66,7 +66,8 @@ def saebench(results: Results) -> Figure:
                 axes.axhline(probing[key], color=MUTED, linewidth=1, linestyle=line, label=reference)
     named = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels())}
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=4)
-    return style.finish(figure, results, "SAEBench scores against measured L0, with and without the distilled core.",
+    return style.finish(figure, results, "SAEBench scores against measured L0, with and without the distilled core. "
+                        "Explained variance is SAEBench's older formula: the newer one subtracts the wrong mean.",
                         style.bars_note(rows, SEEDS))
 
 

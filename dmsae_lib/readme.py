@@ -55,6 +55,8 @@ def results_block(summary: Row, base_model: Row | None) -> str:
               "|:--|:--|:--|"]
     for name, claim in summary["claims"].items():
         lines.append(f"| {name}: {claim['claim']} | **{claim['verdict']}** | {claim['detail']} |")
+    lines += ["", "**First answers to what reviewers asked of an earlier version:**", ""]
+    lines += [f"- *{name}, {row['question']}* {row['answer']}" for name, row in summary["reviewers"].items()]
     lines += ["", "**Retraining**, means over seeds (thresholds set for a total L0 of k; *unbound*: the core alone exceeds k):",
               "", *_retrained(summary), ""]
     if baselines := summary["probing_baselines"]:

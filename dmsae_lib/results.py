@@ -109,7 +109,7 @@ def _comparable(summary: Row) -> dict[str, tuple[str, float]]:
                   f"{place}.loss_recovered": ("loss_recovered", row["loss_recovered"])}
         scores = row["saebench"] or {}
         found |= {f"{place}.{name}": ("probe" if name.startswith("probe_") else "score", scores[name])
-                  for name in ("ce_loss_score", "explained_variance", "probe_top1", "probe_top5") if name in scores}
+                  for name in ("ce_loss_score", "explained_variance_legacy", "probe_top1", "probe_top5") if name in scores}
     return found
 
 
