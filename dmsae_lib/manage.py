@@ -13,9 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dmsae_lib.artifacts import UserError, code_state, explain_os_errors, load
+from dmsae_lib.artifacts import UserError, explain_os_errors, load
 from dmsae_lib.config import NAME, Run, open_run
 from dmsae_lib.plan import Stage, parameters_changed, run_arguments, stages
+from dmsae_lib.provenance import code_state
 from dmsae_lib.run_lock import locked
 
 CODE = ("dmsae_lib", "requirements.lock")

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dmsae_lib.artifacts import Artifact, ArtifactError, load, provenance, write
+from dmsae_lib.artifacts import Artifact, ArtifactError, load, write
 from dmsae_lib.claims import judge
 from dmsae_lib.config import Run
 from dmsae_lib.core import READINGS, load_core, reading_members
+from dmsae_lib.provenance import code_state
 from dmsae_lib.results import validate
 from dmsae_lib.reviewers import answers
 
@@ -140,7 +141,7 @@ def lineage(stages: Stages) -> Row:
 
 def _provenance(stages: Stages, harvest: Row) -> Row:
     config = stages.run.config
-    here, made = provenance(0), stages.cycle(0)[0].provenance
+    here, made = code_state(stages.run.root), stages.cycle(0)[0].provenance
     commits = {artifact.provenance["commit"] for _, artifact in stages.opened.values()}
     return {"commit": here["commit"], "dirty": here["dirty"], "stage_commits": sorted(c for c in commits if c),
             "config_hash": config.hash, "seed": config.seed,

@@ -154,7 +154,7 @@ def test_another_kind_is_refused(made):
 
 def test_the_hash_depends_on_content_kind_and_parents_and_on_nothing_else(tmp_path, monkeypatch):
     first = make(tmp_path / "one", parents={"core": "a", "sae": "b"})
-    monkeypatch.setattr(artifacts, "provenance", lambda seconds: {"commit": "another", "seconds": 1e9})
+    monkeypatch.setattr(artifacts, "provenance", lambda root, seconds: {"commit": "another", "seconds": 1e9})
     same = make(tmp_path / "two", parents={"sae": "b", "core": "a"})
     assert same.provenance != first.provenance and same.hash == first.hash
     others = [make(tmp_path / "three", 2.0, {"core": "a", "sae": "b"}), make(tmp_path / "four", parents={"core": "a"}),
@@ -247,7 +247,8 @@ def test_a_tree_without_git_history_has_no_commit(tmp_path, around):
     (clone / "dmsae_lib").mkdir()
     for name in ("__init__.py", "artifacts.py"):
         shutil.copy(ROOT / "dmsae_lib" / name, clone / "dmsae_lib")
-    code = "from dmsae_lib.artifacts import code_state, repository_root; print(code_state(repository_root()))"
+    code = ("from dmsae_lib.artifacts import repository_root; from dmsae_lib.provenance import code_state; "
+            "print(code_state(repository_root()))")
     ended = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
     assert ended.stdout == "{'commit': None, 'dirty': None}\n", ended.stderr
 
