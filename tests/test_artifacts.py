@@ -245,7 +245,7 @@ def test_a_tree_without_git_history_has_no_commit(tmp_path, around):
     clone = tmp_path / "a clone"
     (clone / "configs").mkdir(parents=True)
     (clone / "dmsae_lib").mkdir()
-    for name in ("__init__.py", "artifacts.py"):
+    for name in ("__init__.py", "artifacts.py", "provenance.py"):
         shutil.copy(ROOT / "dmsae_lib" / name, clone / "dmsae_lib")
     code = ("from dmsae_lib.artifacts import repository_root; from dmsae_lib.provenance import code_state; "
             "print(code_state(repository_root()))")
