@@ -30,7 +30,8 @@ def run_stages(config: str, run: str, overrides: list[str], stage: str = "stages
     """Plan and make, as `make stages CONFIG=... RUN=... SET=... STAGE=...` does."""
     command = [sys.executable, "-m", "dmsae_lib.plan", "--config", config, "--run", run, "--make", "make", stage]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    environment |= {"PY": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    python = os.path.relpath(sys.executable, ROOT)  # the absolute path may hold a space
+    environment |= {"PY": python, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([*command, *(word for setting in overrides for word in ("--set", setting))], cwd=ROOT,
                            env=environment, capture_output=True, text=True)  # fmt: skip
     assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
