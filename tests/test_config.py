@@ -57,7 +57,7 @@ def test_the_hash_depends_on_the_settings_alone(tmp_path):
     (tmp_path / "smoke.yaml").write_text("# a comment\n" + text)
     plain = load_config("smoke")
     assert load_config(tmp_path / "smoke.yaml").hash == plain.hash
-    assert load_config("smoke", ["training.k=32"]).hash == plain.hash != load_config("smoke", ["training.k=48"]).hash
+    assert load_config("smoke", ["training.k=32"]).hash == plain.hash != load_config("smoke", ["training.lr=1e-2"]).hash
 
 
 @pytest.mark.parametrize("override, suggestion", [
@@ -75,11 +75,11 @@ def test_an_unknown_key_is_named_with_a_suggestion(override, suggestion):
 def test_a_run_is_named_by_its_configuration_and_its_overrides():
     assert open_run("smoke").folder == ROOT / "runs" / "smoke"
     assert open_run("smoke", "", ["training.k=32"]).name == "smoke"  # as it stands anyway
-    changed = open_run("smoke", "", ["training.k=48"])
+    changed = open_run("smoke", "", ["training.lr=1e-2"])
     assert changed.name == f"smoke--{changed.config.hash[:8]}"
-    assert changed.name == open_run("smoke", "", ["training.k=48"]).name
+    assert changed.name == open_run("smoke", "", ["training.lr=1e-2"]).name
     assert len({open_run("smoke", "", [f"seed={seed}"]).name for seed in range(4)}) == 4
-    assert open_run("smoke", "mine", ["training.k=48"]).folder == ROOT / "runs" / "mine"
+    assert open_run("smoke", "mine", ["training.lr=1e-2"]).folder == ROOT / "runs" / "mine"
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../results", "a/b", "/tmp/x", "-x", ".hidden", "a b", "a\n", "über", "a$b"])
@@ -110,12 +110,13 @@ def test_a_chain_takes_its_own_seed_and_core_settings_and_nothing_else():
 
 
 def test_arms_at_each_k():
-    config = load_config("smoke", ["retrain.seeds=[4, 7]", "retrain.controls={random: 2, most_frequent: 1}"])
+    config = load_config("smoke", ["retrain.ks=[32, 48]", "retrain.seeds=[4, 7]", "retrain.controls={random: 2, most_frequent: 1}"])
     pairs = [("none", 4), ("none", 7), ("distilled", 4), ("distilled", 7)]
     controls = [("random", 4), ("random", 7), ("most_frequent", 4)]
     assert config.control_ks == [config.training.k] == [32]
     assert config.retrain_arms(32) == pairs + controls and config.retrain_arms(48) == pairs
-    everywhere = load_config("smoke", ["retrain.seeds=[4]", "retrain.controls={random: 1}", "retrain.controls_at=[32, 48]"])
+    everywhere = load_config("smoke", ["retrain.ks=[32, 48]", "retrain.seeds=[4]", "retrain.controls={random: 1}",
+                                       "retrain.controls_at=[32, 48]"])
     assert [len(everywhere.retrain_arms(k)) for k in (32, 48)] == [3, 3]
     assert load_config("smoke", ["retrain.controls={}"]).control_ks == []
 
