@@ -16,7 +16,6 @@ from torch import Tensor
 from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
 from dmsae_lib.sae import MatryoshkaSAE
 
-AGGREGATORS = ("mean_abs", "abs_mean", "quantile", "frequency")
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 # Bins of the quantile's histogram, logarithmic: 2,000 over 20 decades is a relative resolution of 2.3 %.
 BINS, LOW, HIGH = 2000, -14.0, 6.0
