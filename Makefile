@@ -15,6 +15,9 @@ VERBOSE =
 
 export PY
 export NBFLAGS = $(strip $(if $(TIMEOUT),--timeout $(TIMEOUT)) $(if $(VERBOSE),--verbose))
+# A thread that waits for others sleeps soon: by default it spins, and any other work on the machine makes a run ten times
+# slower. Costs some per cent on an idle machine, and no result depends on it.
+export GOMP_SPINCOUNT ?= 1000
 # uv does not read pip's settings: a folder of wheels that pip is told of serves it as well.
 ifneq ($(PIP_FIND_LINKS),)
 comma = ,

@@ -23,6 +23,7 @@ SHARD_ROWS = 2**18  # a shard file is closed once it holds this many activations
 NORM_SAMPLE_ROWS = 64  # contexts from which the median norm is measured
 
 Cursor = tuple[int, int, int]
+START: Cursor = (0, 0, 0)
 
 
 def usable_residuals(model: LanguageModel, split: dict[str, np.ndarray]) -> Iterator[Tensor]:

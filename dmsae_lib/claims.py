@@ -221,7 +221,7 @@ def judge(summary: Row) -> dict[str, Row]:
     Distillation chains count as further seeds for C1 and C2 where only the seed differs from the main one.
     """
     sizes, rows = summary["sizes"], summary["retrain"]
-    core_settings = ("core_sparsity", "core_bias_init")
+    core_settings = ("core_sparsity", "core_bias_init", "core_decoder_init")
     seeds = [chain["cycles"] for chain in summary["chains"].values()
              if all(chain[setting] == sizes[setting] for setting in core_settings)]
     distillations = [summary["cycles"], *seeds]

@@ -7,7 +7,7 @@ does not fix is one of our decisions; ``configs/gemma-2-2b.yaml`` gives the sour
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -58,7 +58,15 @@ class SAEConfig(Section):
     prefixes: list[Positive]  # cumulative non-core sizes; the last one, d_sae - core, is implied
 
 
-class TrainingConfig(Section):
+class CoreSettings(Section):
+    """What a distillation chain may do differently with its core."""
+
+    core_sparsity: Literal["relu", "batchtopk"] = "relu"
+    core_bias_init: Literal["zero", "match_frequency"] = "zero"
+    core_decoder_init: Literal["random", "encoder"] = "random"  # encoder: the core's encoder rows at norm 1
+
+
+class TrainingConfig(CoreSettings):
     k: Positive
     batch_size: Positive
     lr: float = Field(gt=0)
@@ -70,19 +78,19 @@ class TrainingConfig(Section):
     k_aux: Positive | None = None  # None: d_in / 2
     dead_window: Positive | None = None  # tokens; None: max(2 % of the tokens, 40 batches)
     k_min: int = Field(1, ge=0)
-    core_sparsity: Literal["relu", "batchtopk"] = "relu"
-    core_bias_init: Literal["zero", "match_frequency"] = "zero"
     autocast: bool = False  # bfloat16 matrix products over float32 weights
     checkpoint_seconds: float = Field(60.0, gt=0)
+    together: Positive = 64  # SAEs trained on one pass over the data at most: bounds the memory
+    prefetch: int = Field(0, ge=0)  # batches made ahead; worth it where a GPU trains
+
+    NO_EFFECT: ClassVar = {"checkpoint_seconds", "together", "prefetch"}  # change no weight
 
 
-class Chain(Section):
-    """A further distillation chain beside the main one: its own seed, core sparsity or bias init."""
+class Chain(CoreSettings):
+    """A further distillation chain beside the main one: its own seed or core settings."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     seed: int = 0
-    core_sparsity: Literal["relu", "batchtopk"] = "relu"
-    core_bias_init: Literal["zero", "match_frequency"] = "zero"
 
 
 class DistillConfig(Section):
@@ -178,7 +186,7 @@ class RunConfig(Section):
         if not found:
             known = ", ".join(["main", *(c.name for c in self.distill.chains)])
             raise UserError(f"There is no chain {chain!r} in config {self.name}: use one of {known}.")
-        core = {"core_sparsity": found[0].core_sparsity, "core_bias_init": found[0].core_bias_init}
+        core = {name: getattr(found[0], name) for name in CoreSettings.model_fields}
         return self.model_copy(update={"seed": found[0].seed, "training": self.training.model_copy(update=core)})
 
     def retrain_arms(self, k: int) -> list[tuple[str, int]]:

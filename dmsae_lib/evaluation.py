@@ -9,9 +9,10 @@ from torch import Tensor
 from dmsae_lib.activations import first_contexts, usable_residuals
 from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.sparsity import calibrate
+from dmsae_lib.sparsity import between_nth
 
 CALIBRATION_TOKENS = 2**17  # at most this many tokens of the split are held in memory: 1.2 GB at width 2304
+SMALLEST_CUT = 1e-6  # an activation below which all are looked at
 UNBOUND = 0.01  # method, section 2: total L0 within 1 % of k, else the SAE is left out of equal-L0 comparisons
 
 
@@ -26,18 +27,21 @@ def calibrate_threshold(sae: MatryoshkaSAE, model: LanguageModel, split: dict[st
     start = sae.n_core if free_only else 0
     residuals = list(usable_residuals(model, first_contexts(split, CALIBRATION_TOKENS, model.bos)))
     tokens = sum(map(len, residuals))
-    in_core = 0
-    if free_only and sae.n_core:
-        in_core = sum(int((sae.pre_activations(x)[:, : sae.n_core] > 0).sum()) for x in residuals)
-    wanted = max(tokens * k_min, tokens * k - in_core)
-
-    def chunks():
+    cut = float(sae.threshold_ema)
+    while True:  # as a rule once: the threshold of the training is near
+        cut = cut / 2 if cut > SMALLEST_CUT else 0.0
+        found, in_core = [], 0
         for x in residuals:
-            a = sae.pre_activations(x)[:, start:].flatten()
-            yield a[a > 0]
-
-    sae.threshold.fill_(calibrate(chunks, wanted))
-    total = sum(int((sae.encode(x) > 0).sum()) for x in residuals) / tokens
+            a = sae.pre_activations(x)
+            in_core += int((a[:, :start] > 0).sum())
+            a = a[:, start:]
+            found.append(a[a > cut])
+        wanted = max(tokens * k_min, tokens * k - in_core)
+        above = torch.cat(found)
+        if len(above) > wanted or cut == 0.0:
+            break
+    sae.threshold.fill_(between_nth(above, wanted))
+    total = (in_core + int((above > sae.threshold.to(above.dtype)).sum())) / tokens
     return abs(total - k) > UNBOUND * k
 
 

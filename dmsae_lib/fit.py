@@ -1,7 +1,8 @@
-"""From a harvest to a finished SAE: train, calibrate, measure, write. Notebooks 02 and 05 share it."""
+"""From a harvest to finished SAEs: train, calibrate, measure, write. Notebooks 02, 05 and 09 share it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 
 from dmsae_lib import artifacts
-from dmsae_lib.activations import StoredActivations, StreamedActivations, first_contexts, load_split
+from dmsae_lib.activations import START, Cursor, StoredActivations, StreamedActivations, first_contexts, load_split
 from dmsae_lib.artifacts import Artifact, hash_json
 from dmsae_lib.config import Run, TrainingConfig
 from dmsae_lib.corpus import SPLITS
 from dmsae_lib.evaluation import calibrate_threshold, evaluate
 from dmsae_lib.language_model import LanguageModel, choose_device
+from dmsae_lib.prefetch import prefetched
 from dmsae_lib.sae import MatryoshkaSAE, save_sae
-from dmsae_lib.training import Trainer, match_frequency, train_sae
+from dmsae_lib.training import Trainer, match_frequency, train_saes
 
 MATCH_BATCHES = 8  # batches on which `core_bias_init: match_frequency` measures
 
@@ -59,74 +61,102 @@ class Job:
     """One SAE to train: where it goes, what it starts from, and in which order it sees the data."""
 
     folder: Path
-    k: int
-    seed: int
-    order: str  # name of the random order; jobs that share seed and order see the same batches
+    training: TrainingConfig  # its k included
+    seed: int  # of the initialisation
+    order: str  # jobs with the same order share one pass over the data
+    order_seed: int
     core_rows: Tensor | None = None
     core_hash: str | None = None
     core_frequency: Tensor | None = None  # for `core_bias_init: match_frequency`
     factor: int = 1  # multiple of the tokens of one cycle
     fresh: bool = False  # every token once, instead of epochs over one cycle's tokens
+    prefix0: bool = False  # measure the loss recovered from prefix 0 as well
+    record: dict[str, Any] = field(default_factory=dict)  # what metrics.json says besides
 
 
-def parents_of(job: Job, harvest: Harvest, training: TrainingConfig) -> dict[str, str]:
+def parents_of(job: Job, harvest: Harvest) -> dict[str, str]:
     """Hashes of all that the SAE depends on, the settings included."""
     cfg = harvest.run.config
-    settings = {"sae": cfg.sae.model_dump(), "training": training.model_dump(exclude={"k", "checkpoint_seconds"}),
-                "k": job.k, "seed": job.seed, "order": job.order, "factor": job.factor, "fresh": job.fresh,
-                "threads": cfg.threads}
+    settings = {"sae": cfg.sae.model_dump(), "training": job.training.model_dump(exclude=set(TrainingConfig.NO_EFFECT)),
+                "seed": job.seed, "order": [job.order, job.order_seed], "factor": job.factor, "fresh": job.fresh,
+                "threads": cfg.threads}  # fmt: skip
     parents = {"harvest": harvest.artifact.hash, "settings": hash_json(settings)}
     return parents | ({"core": job.core_hash} if job.core_hash else {})
 
 
-def finished(job: Job, harvest: Harvest, training: TrainingConfig) -> Artifact | None:
+def finished(job: Job, harvest: Harvest) -> Artifact | None:
     """The job's artefact if it is there, whole, and made from the same parents."""
     if not (job.folder / "manifest.json").is_file():
         return None
     found = artifacts.load(job.folder, "sae")
-    return found if found.parents == dict(sorted(parents_of(job, harvest, training).items())) else None
+    return found if found.parents == dict(sorted(parents_of(job, harvest).items())) else None
 
 
-def fit(job: Job, harvest: Harvest, training: TrainingConfig, record: dict[str, Any],
-        report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Train one SAE, calibrate its threshold on `select`, measure it on `test`, and write its artefact.
+def fit(jobs: Sequence[Job], harvest: Harvest, report: Callable[[str], None] = print) -> list[Artifact]:
+    """Train every SAE that is missing, calibrate its threshold on `select`, measure it on `test`, write its artefact.
 
-    A killed call goes on from its checkpoint. Returns metrics.json, which holds ``record`` as well.
+    Jobs of one order share a pass over the data, at most ``training.together`` at a time; each SAE comes out as if it
+    were trained alone. A killed call goes on from the checkpoints. Returns the artefacts in the order of ``jobs``.
     """
-    model, cfg = harvest.model, harvest.run.config
-    parents = parents_of(job, harvest, training)
-    training = training.model_copy(update={"k": job.k})
-    source = harvest.source(job.fresh)
+    streams: dict[tuple, list[Job]] = {}
+    for job in jobs:
+        if finished(job, harvest) is None:
+            streams.setdefault((job.fresh, job.order, job.order_seed, job.training.batch_size), []).append(job)
+    for members in streams.values():
+        together = members[0].training.together
+        for start in range(0, len(members), together):
+            _fit_together(members[start : start + together], harvest, report)
+    return [artifacts.load(job.folder, "sae") for job in jobs]
 
-    def batches(cursor):
-        return source.batches(training.batch_size, job.seed, job.order, cursor)
 
-    sae = MatryoshkaSAE(model.d_model, cfg.sae.d_sae, cfg.sae.prefixes, job.core_rows, training.core_sparsity)
-    start = batches((0, 0, 0))
-    first = next(start)[0]
-    sae.initialise(job.seed, first.cpu())
+def _fit_together(jobs: Sequence[Job], harvest: Harvest, report: Callable[[str], None]) -> None:
+    shared = jobs[0]
+    source = harvest.source(shared.fresh)
+
+    def batches(cursor: Cursor) -> Iterator[tuple[Tensor, Cursor]]:
+        stream = source.batches(shared.training.batch_size, shared.order_seed, shared.order, cursor)
+        return prefetched(stream, shared.training.prefetch)
+
+    with contextlib.closing(batches(START)) as start:
+        first = next(start)[0]
+        more = [first]
+        if any(job.training.core_bias_init == "match_frequency" for job in jobs):
+            more += [next(start)[0] for _ in range(MATCH_BATCHES - 1)]
+    trainers = [_trainer(job, harvest, first, more) for job in jobs]
+    checkpoints = [job.folder.with_name(f".{job.folder.name}.checkpoint") for job in jobs]
+
+    def finish(i: int) -> None:
+        _write(jobs[i], harvest, trainers[i])
+        artifacts.remove(checkpoints[i])
+
+    train_saes(trainers, batches, checkpoints, [parents_of(job, harvest) for job in jobs], finish, report)
+
+
+def _trainer(job: Job, harvest: Harvest, first: Tensor, more: list[Tensor]) -> Trainer:
+    cfg, training = harvest.run.config, job.training
+    sae = MatryoshkaSAE(harvest.model.d_model, cfg.sae.d_sae, cfg.sae.prefixes, job.core_rows, training.core_sparsity)
+    sae.initialise(job.seed, first.cpu(), training.core_decoder_init)
     if training.core_bias_init == "match_frequency" and sae.n_core and job.core_frequency is not None:
-        more = [first, *(next(start)[0] for _ in range(MATCH_BATCHES - 1))]
-        match_frequency(sae, torch.cat(more), job.core_frequency)
-    trainer = Trainer(sae.to(model.device), training, cfg.steps(job.factor))
-    checkpoint = job.folder.with_name(f".{job.folder.name}.checkpoint")
-    with artifacts.write(job.folder, "sae", parents) as writer:
-        train_sae(trainer, batches, checkpoint, parents, report)
-        folded = sae.folded(harvest.record["scale"])
-        unbound = calibrate_threshold(folded, model, harvest.splits["select"], job.k, training.k_min)
-        sae.threshold.copy_(folded.threshold / harvest.record["scale"])
-        measured = evaluate(folded, model, harvest.splits["test"], harvest.record["clean_loss"], harvest.record["zero_loss"])
-        core_frequency = measured.pop("core_frequency")
-        metrics = record | measured | {
-            "k": job.k, "d_sae": sae.d_sae, "core_size": sae.n_core, "prefixes": list(sae.prefixes), "unbound": unbound,
-            "threshold": float(folded.threshold), "threshold_ema": float(folded.threshold_ema), "steps": trainer.steps,
-            "tokens": trainer.steps * training.batch_size, "seed": job.seed, "clipped_steps": trainer.clipped,
-            "core_frequency": core_frequency, "core_sparsity": training.core_sparsity,
-            "core_bias_init": training.core_bias_init,
-        }  # fmt: skip
-        save_sae(writer, sae, harvest.record["scale"])
-        writer.json("metrics.json", metrics)
-        writer.csv("history.csv", trainer.history)
-    artifacts.remove(checkpoint)
-    return metrics
+        match_frequency(sae, torch.cat(more).cpu(), job.core_frequency)
+    return Trainer(sae.to(harvest.model.device), training, cfg.steps(job.factor), f"k{training.k}/{job.folder.name}")
 
+
+def _write(job: Job, harvest: Harvest, trainer: Trainer) -> None:
+    """Calibrate, measure and write one trained SAE."""
+    model, training, sae = harvest.model, job.training, trainer.sae
+    with artifacts.write(job.folder, "sae", parents_of(job, harvest)) as writer:
+        folded = sae.folded(harvest.record["scale"])
+        unbound = calibrate_threshold(folded, model, harvest.splits["select"], training.k, training.k_min)
+        sae.threshold.copy_(folded.threshold / harvest.record["scale"])
+        measured = evaluate(folded, model, harvest.splits["test"], harvest.record["clean_loss"], harvest.record["zero_loss"],
+                            job.prefix0)  # fmt: skip
+        core_frequency = measured.pop("core_frequency")
+        save_sae(writer, sae, harvest.record["scale"])
+        writer.json("metrics.json", job.record | measured | {
+            "k": training.k, "d_sae": sae.d_sae, "core_size": sae.n_core, "prefixes": list(sae.prefixes), "unbound": unbound,
+            "threshold": float(folded.threshold), "threshold_ema": float(folded.threshold_ema), "steps": trainer.steps,
+            "tokens": trainer.steps * training.batch_size, "seed": job.seed, "clipped_steps": int(trainer.clipped),
+            "core_frequency": core_frequency, "core_sparsity": training.core_sparsity,
+            "core_bias_init": training.core_bias_init, "core_decoder_init": training.core_decoder_init,
+        })  # fmt: skip
+        writer.csv("history.csv", trainer.history)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from dmsae_lib.artifacts import UserError, explain_os_errors, write_json
-from dmsae_lib.config import Run, RunConfig, load_config, open_run
+from dmsae_lib.config import Run, RunConfig, TrainingConfig, load_config, open_run
 from dmsae_lib.run_lock import lock
 
 COMPUTING = ("threads", "device")
@@ -39,7 +39,7 @@ class Stage:
 
 def _slice(config: RunConfig, *names: str, **more: Any) -> dict[str, Any]:
     """The named sections and ``section.key`` settings as JSON, and ``more``."""
-    tree = config.model_dump(mode="json", exclude={"training": {"checkpoint_seconds"}})  # changes no result
+    tree = config.model_dump(mode="json", exclude={"training": TrainingConfig.NO_EFFECT})
     found = {}
     for name in names:
         section, _, key = name.partition(".")
@@ -87,20 +87,12 @@ def stages(config: RunConfig) -> list[Stage]:
     if config.learning_rate_sweep:
         found.append(Stage("learning_rate", "09_learning_rate", "learning_rate/record", ("harvest",), {},
                            _slice(config, *COMPUTING, "seed", "sae", "training", factors=config.learning_rate_sweep)))  # fmt: skip
-    settings = _slice(config, *COMPUTING, "sae", "training", *SELECTION, "distill.final_core")
+    settings = _slice(config, *COMPUTING, "seed", "sae", "training", *SELECTION, "distill.final_core")
     settings["training"].pop("k")  # each of these SAEs has its own
-    for k in config.retrain.ks:
-        arms = [f"{arm}-seed{seed}" for arm, seed in config.retrain_arms(k)]
-        found.append(Stage(f"retrain_k{k}", "05_retrain_across_k", f"retrain/k{k}/index", cycles, {"k": k},
-                           settings | {"arms": arms}))  # fmt: skip
-    scoring = _slice(config, *COMPUTING, "saebench")
-    before = ("harvest",)
-    if config.saebench.probing_sets != []:
-        found.append(Stage("saebench_baselines", "06_saebench", "saebench/baselines", before, {"k": 0}, scoring))
-        before = ("harvest", "saebench/baselines")  # where the model's activations on the probing sets are cached
-    for k in config.retrain.ks:
-        found.append(Stage(f"saebench_k{k}", "06_saebench", f"saebench/k{k}/index",
-                           (*before, f"retrain/k{k}/index"), {"k": k}, scoring))  # fmt: skip
+    saes = [f"k{k}/{arm}-seed{seed}" for k in config.retrain.ks for arm, seed in config.retrain_arms(k)]
+    found.append(Stage("retrain", "05_retrain_across_k", "retrain/index", cycles, {}, settings | {"saes": saes}))
+    found.append(Stage("saebench", "06_saebench", "saebench/index", ("harvest", "retrain/index"), {},
+                       _slice(config, *COMPUTING, "saebench")))  # fmt: skip
     everything = tuple(stage.artefact for stage in found)
     return [*found, Stage("summary", "07_figures", "summary", everything, {}, config.model_dump(mode="json"))]
 

@@ -46,14 +46,17 @@ class MatryoshkaSAE(nn.Module):
         self.register_buffer("threshold_ema", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def initialise(self, seed: int, first_batch: Tensor) -> None:
+    def initialise(self, seed: int, first_batch: Tensor, core_decoder: str = "random") -> None:
         """Random unit decoder rows; free encoder rows equal to them; b_enc 0; b_dec the batch's geometric median.
 
         The free latents' directions depend on ``seed`` and their number alone, so SAEs with and without a core are
-        paired by seed as far as their sizes allow.
+        paired by seed as far as their sizes allow. ``core_decoder: encoder`` starts the core's decoder rows at its
+        encoder rows, scaled to norm 1: under one BatchTopK for all, random ones never catch up with the free latents.
         """
         free = torch.randn(self.d_sae - self.n_core, self.d_in, generator=generator(seed, "init", "free"))
-        core = torch.randn(self.n_core, self.d_in, generator=generator(seed, "init", "core decoder"))
+        core = self.core_rows
+        if core_decoder == "random":
+            core = torch.randn(self.n_core, self.d_in, generator=generator(seed, "init", "core decoder"))
         self.W_dec.copy_(F.normalize(torch.cat([core, free]), dim=1))
         self.free_rows.copy_(self.W_dec[self.n_core :])
         self.b_enc.zero_()

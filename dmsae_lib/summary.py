@@ -58,8 +58,8 @@ class Stages:
 
     def attributed(self, k: int) -> list[Row]:
         """The SAEs retrained at ``k`` whose prefix 0 was attributed, with their curves of core size against coverage."""
-        index = self.get("retrain_index", self.run.folder / "retrain" / f"k{k}" / "index").json("index.json")
-        return [row for row in index["rows"] if "coverage_curve" in row]
+        index = self.get("retrain_index", self.run.folder / "retrain" / "index").json("index.json")
+        return [row for row in index["rows"] if row["k"] == k and "coverage_curve" in row]
 
     def scores(self, k: int, arm: str, seed: int, sae: Artifact) -> Row | None:
         folder = self.run.scores(k, arm, seed)
@@ -73,7 +73,7 @@ class Stages:
         """Wall clock of the notebooks by kind of stage, starting up included; those run by hand are not in it."""
         total: dict[str, float] = {}
         for path in sorted((self.run.folder / "notebooks").glob("*.json")):
-            words = path.stem.split("_")  # harvest, cycle_3_train, chain_x_cycle_3_train, retrain_k64, saebench_baselines
+            words = path.stem.split("_")  # harvest, cycle_3_train, chain_x_cycle_3_train, retrain
             stage = words[-1] if "cycle" in words else "learning_rate" if words[0] == "learning" else words[0]
             total[stage] = total.get(stage, 0.0) + json.loads(path.read_text())["seconds"]
         return {stage: seconds for stage, seconds in total.items() if stage != "summary"}
@@ -167,7 +167,8 @@ def _summarise(stages: Stages) -> Row:
     sizes = {name: len(ids) for name, ids in lineage(stages)["readings"].items()}
     first_sae = stages.cycle(0)[0].json("metrics.json")
     chains = {chain.name: {"seed": chain.seed, "core_sparsity": chain.core_sparsity,
-                           "core_bias_init": chain.core_bias_init, "cycles": cycle_rows(stages, chain.name)}
+                           "core_bias_init": chain.core_bias_init, "core_decoder_init": chain.core_decoder_init,
+                           "cycles": cycle_rows(stages, chain.name)}
               for chain in config.distill.chains}
     summary = readable({
         "schema_version": SCHEMA_VERSION, "config": config.name, "provenance": _provenance(stages, harvest),
@@ -175,7 +176,8 @@ def _summarise(stages: Stages) -> Row:
                   "prefixes": first_sae["prefixes"], "n_cycles": last, "tokens_per_cycle": config.data.train_tokens,
                   "batch_size": config.training.batch_size, "coverage": config.distill.coverage,
                   "aggregator": config.distill.aggregator, "core_sparsity": config.training.core_sparsity,
-                  "core_bias_init": config.training.core_bias_init},
+                  "core_bias_init": config.training.core_bias_init,
+                  "core_decoder_init": config.training.core_decoder_init},
         "language_model": {name: harvest[name] for name in ("clean_loss", "zero_loss", "scale")},
         "cycles": cycles, "chains": chains,
         "final_core": {"reading": config.distill.final_core, "size": sizes[config.distill.final_core], "sizes": sizes,

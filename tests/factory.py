@@ -113,18 +113,19 @@ def write_retrained(run: Run, k: int, arm: str, seed: int) -> None:
             "sparse_probing": {"mean": probing}})
 
 
-def write_index(run: Run, k: int) -> None:
-    """retrain/k<K>/index: the coverage curves of the first seed's SAEs without and with the distilled core."""
+def write_index(run: Run) -> None:
+    """retrain/index: the coverage curves of the first seed's SAEs without and with the distilled core."""
     rows = []
-    for arm, seed in run.config.retrain_arms(k):
-        row = {"core": arm, "seed": seed}
-        if arm in ("none", "distilled") and seed == run.config.retrain.seeds[0]:
+    retrain = run.config.retrain
+    for at, arm, seed in [(k, *pair) for k in retrain.ks for pair in run.config.retrain_arms(k)]:
+        row = {"k": at, "core": arm, "seed": seed}
+        if arm in ("none", "distilled") and seed == retrain.seeds[0]:
             candidates = M_0 + (108 if arm == "distilled" else 0)
-            curve = [[c, round(candidates * c ** (2 - k / 200))] for c in COVERAGES]
+            curve = [[c, round(candidates * c ** (2 - at / 200))] for c in COVERAGES]
             row |= {"coverage_curve": curve, "candidates": candidates}
         rows.append(row)
-    with write(run.folder / "retrain" / f"k{k}" / "index", "retrain_index") as index:
-        index.json("index.json", {"k": k, "rows": rows})
+    with write(run.folder / "retrain" / "index", "retrain_index") as index:
+        index.json("index.json", {"rows": rows})
 
 
 def hash_of(folder: Path, kind: str) -> str:
@@ -145,7 +146,7 @@ def build_run(root: Path, resolved: RunConfig | None = None, scored: bool = True
     for k in resolved.retrain.ks:
         for arm, seed in resolved.retrain_arms(k):
             write_retrained(run, k, arm, seed)
-        write_index(run, k)
+    write_index(run)
     if scored:
         accuracies = {name: {"accuracy": value} for name, value in (("dense", 0.93), ("best_channel", 0.72))}
         with write(run.folder / "saebench" / "baselines", "probing_baselines") as baselines:

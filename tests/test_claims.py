@@ -180,8 +180,8 @@ def test_nothing_bound_is_not_decidable():
 
 
 def test_chains_with_the_same_core_settings_are_further_seeds():
-    sizes = {"k": 48, "prefixes": [32], "core_sparsity": "relu", "core_bias_init": "zero"}
-    chain = {"core_sparsity": "relu", "core_bias_init": "zero", "cycles": cycles([105, 108, 111])}
+    sizes = {"k": 48, "prefixes": [32], "core_sparsity": "relu", "core_bias_init": "zero", "core_decoder_init": "random"}
+    chain = {"core_sparsity": "relu", "core_bias_init": "zero", "core_decoder_init": "random", "cycles": cycles([105, 108, 111])}
     summary = {"sizes": sizes, "retrain": BASELINE, "cycles": cycles([105, 110, 112]),
                "chains": {"seed1": chain, "topk": chain | {"core_sparsity": "batchtopk"}}}
     judged = claims.judge(summary)

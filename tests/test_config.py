@@ -39,9 +39,10 @@ def test_extended_has_every_control_at_every_k_and_three_distillation_seeds_of_b
     for k in default.retrain.ks:
         assert sorted(extended.retrain_arms(k)) == sorted((arm, seed) for arm in arms for seed in (0, 1, 2))
     chains = [extended.for_chain(name) for name in ("main", *(chain.name for chain in extended.distill.chains))]
-    found = [(c.training.core_sparsity, c.training.core_bias_init, c.seed) for c in chains]
-    assert sorted(found) == sorted([("relu", "zero", 0), ("relu", "zero", 1), ("relu", "zero", 2), ("batchtopk", "zero", 0),
-                                    ("batchtopk", "zero", 1), ("batchtopk", "zero", 2), ("relu", "match_frequency", 0)])
+    found = [(c.training.core_sparsity, c.training.core_bias_init, c.training.core_decoder_init, c.seed) for c in chains]
+    assert sorted(found) == sorted([
+        *(("relu", "zero", "random", seed) for seed in (0, 1, 2)), *(("batchtopk", "zero", "encoder", seed) for seed in (0, 1, 2)),
+        ("batchtopk", "zero", "random", 0), ("relu", "zero", "encoder", 0), ("relu", "match_frequency", "random", 0)])  # fmt: skip
 
 
 def test_overrides_reach_any_depth_and_take_yaml():
@@ -61,7 +62,7 @@ def test_the_hash_depends_on_the_settings_alone(tmp_path):
 
 
 @pytest.mark.parametrize("override, suggestion", [
-    ("training.learning_rate=1", "unknown key training.learning_rate; known there: k, batch_size, lr"),
+    ("training.learning_rate=1", "unknown key training.learning_rate; known there: core_sparsity, core_bias_init"),
     ("training.grad_clipp=1", "unknown key training.grad_clipp; did you mean grad_clip?"),
     ("traning.k=1", "unknown key traning; did you mean training?"),
     ("distill.chains=[{name: a, sead: 1}]", "unknown key distill.chains.0.sead; did you mean seed?"),

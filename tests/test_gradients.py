@@ -5,41 +5,61 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from toy_sae import BATCH, CORE, D_IN, D_SAE, NAMES, PREFIXES, K, batch, config, gradients, make_sae, reference
+from toy_sae import BATCH, CORE, D_IN, D_SAE, PREFIXES, K, batch, config, gradients, make_sae
 
-from dmsae_lib.gradients import StepStats, apply_step, step_gradients
+from dmsae_lib.entries import SPARSE_BELOW
+from dmsae_lib.gradients import apply_step, step_gradients
+from dmsae_lib.reference import TRAINED, reference_gradients
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.training import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DEAD = torch.tensor([0, 3, 4, 11, 20, 30, 31, 40, 52])
+DEAD = [0, 3, 4, 11, 20, 30, 31, 40, 52]
 
 
-def check(sae: MatryoshkaSAE, x: Tensor, tolerance: float = 1e-5, **settings) -> StepStats:
-    """Loss, aux, gradients (relative to each one's largest entry) and statistics equal the reference's."""
-    stats = step_gradients(sae, x, **settings)
-    named = {"alpha" if name == "aux_alpha" else name: value for name, value in settings.items() if name != "last_threshold"}
-    expected = reference(sae, x, **named)
-    assert float(stats.loss) == pytest.approx(float(expected["loss"]), rel=tolerance)
-    assert float(stats.aux) == pytest.approx(float(expected["aux"]), rel=tolerance)
-    for name in NAMES:
-        found, wanted = getattr(sae, name).grad, expected[name]
-        assert found.shape == wanted.shape and found.dtype == sae.W_dec.dtype
-        assert float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max()), name
+def dead(latents: list[int] = DEAD, core: int = CORE) -> Tensor:
+    """(d_sae - c,) bool"""
+    mask = torch.zeros(D_SAE - core, dtype=torch.bool)
+    mask[latents] = True
+    return mask
+
+
+PATHS = {
+    "sparse": {"share": 1.1}, "dense": {"share": 0.0},
+    "sparse, fixed shapes": {"share": 1.1, "fixed_shapes": True}, "dense, fixed shapes": {"share": 0.0, "fixed_shapes": True},
+}  # fmt: skip
+
+
+def check(sae: MatryoshkaSAE, x: Tensor, tolerance: float = 1e-5, **settings) -> None:
+    """Every path: loss, aux, gradients (relative to each one's largest entry) and statistics equal the reference's."""
+    expected = reference_gradients(sae, x, **{name: value for name, value in settings.items() if name != "last_threshold"})
     active = expected["f"] > 0
-    assert stats.l0_core == int(active[:, : sae.n_core].sum()) / len(x)
-    assert stats.l0_free == int(active[:, sae.n_core :].sum()) / len(x)
-    assert torch.equal(stats.fired, active.any(0))
-    return stats
+    for path, how in PATHS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(SPARSE_BELOW, "cpu", how["share"])
+            stats = step_gradients(sae, x, fixed_shapes=how.get("fixed_shapes", False), **settings)
+        assert float(stats.loss) == pytest.approx(float(expected["loss"]), rel=tolerance), path
+        assert float(stats.aux) == pytest.approx(float(expected["aux"]), rel=tolerance), path
+        for name in TRAINED:
+            found, wanted = getattr(sae, name).grad, expected[name]
+            assert found.shape == wanted.shape and found.dtype == sae.W_dec.dtype
+            assert float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max()), (path, name)
+        assert float(stats.l0_core) == int(active[:, : sae.n_core].sum()) / len(x), path
+        assert float(stats.l0_free) == int(active[:, sae.n_core :].sum()) / len(x), path
+        assert torch.equal(stats.fired, active.any(0)), path
+        at_stake = expected["f"][:, sae.n_core if sae.core_sparsity == "relu" else 0 :]
+        smallest = float(at_stake[at_stake > 0].min()) if bool((at_stake > 0).any()) else 0.0
+        assert float(stats.smallest_kept) == pytest.approx(smallest, rel=tolerance, abs=1e-6), path
 
 
-@pytest.mark.parametrize("core, core_sparsity", [(0, "relu"), (CORE, "relu"), (CORE, "batchtopk")])
+@pytest.mark.parametrize("core, core_sparsity", [(0, "relu"), (CORE, "relu"), (0, "batchtopk"), (CORE, "batchtopk")])
 @pytest.mark.parametrize("aux", [
     {}, {"dead": DEAD, "k_aux": 4, "aux_alpha": 1 / 32}, {"dead": DEAD, "k_aux": 4, "aux_alpha": 5.0},
     {"dead": DEAD, "k_aux": 50, "aux_alpha": 5.0}, {"dead": DEAD[:1], "k_aux": 1, "aux_alpha": 5.0},
 ], ids=["no-aux", "aux", "heavy-aux", "k_aux-above-dead", "one-dead"])  # fmt: skip
 def test_gradients_equal_autograd(core, core_sparsity, aux):
+    aux = aux | ({"dead": dead(aux["dead"], core)} if aux else {})
     for seed in range(3):
         check(make_sae(core, core_sparsity), batch(seed), k=K, **aux)
     check(make_sae(core, core_sparsity).double(), batch(0).double(), tolerance=1e-12, k=K, **aux)
@@ -57,9 +77,10 @@ def test_no_dead_latents_no_aux():
     sae, x = make_sae(), batch(0)
     step_gradients(sae, x, K)
     plain = gradients(sae)
-    for dead, k_aux in ((None, 4), (torch.tensor([], dtype=torch.int64), 4), (DEAD, 0)):
-        stats = step_gradients(sae, x, K, dead=dead, k_aux=k_aux)
-        assert float(stats.aux) == 0 and all(torch.equal(plain[name], gradients(sae)[name]) for name in NAMES)
+    for mask, k_aux in ((None, 4), (dead([]), 4), (dead(), 0)):
+        for fixed_shapes in (False, True):
+            stats = step_gradients(sae, x, K, dead=mask, k_aux=k_aux, fixed_shapes=fixed_shapes)
+            assert float(stats.aux) == 0 and all(torch.equal(plain[name], gradients(sae)[name]) for name in TRAINED)
 
 
 def test_aux_enters_once_and_reaches_dead_latents_alone():
@@ -67,19 +88,19 @@ def test_aux_enters_once_and_reaches_dead_latents_alone():
     sae, x = make_sae().double(), batch(0).double()
     found = {}
     for alpha in (0.0, 1 / 32, 0.5):
-        stats = step_gradients(sae, x, K, aux_alpha=alpha, k_aux=4, dead=DEAD)
+        stats = step_gradients(sae, x, K, aux_alpha=alpha, k_aux=4, dead=dead())
         found[alpha] = (float(stats.loss), gradients(sae))
     aux = float(stats.aux)
     assert 0.2 < aux < 5  # of order 1: measured in units of the residual's variance
     for alpha in (1 / 32, 0.5):
         assert found[alpha][0] - found[0.0][0] == pytest.approx(alpha * aux, rel=1e-9)
-        for name in NAMES:
+        for name in TRAINED:
             assert torch.allclose(found[alpha][1][name] - found[0.0][1][name],
                                   2 * alpha * (found[0.5][1][name] - found[0.0][1][name]), rtol=1e-9, atol=1e-12)
     changed = {name: found[0.5][1][name] - found[0.0][1][name] for name in ("free_rows", "W_dec", "b_enc")}
     for name, start in (("free_rows", 0), ("W_dec", CORE), ("b_enc", CORE)):
         latents = changed[name].reshape(len(changed[name]), -1).abs().amax(1).nonzero().squeeze(1) - start
-        assert set(latents.tolist()) <= set(DEAD.tolist()) and len(latents) >= 4
+        assert set(latents.tolist()) <= set(DEAD) and len(latents) >= 4
 
 
 def test_aux_share_of_the_loss_falls_with_alpha_alone():
@@ -88,8 +109,8 @@ def test_aux_share_of_the_loss_falls_with_alpha_alone():
     with torch.no_grad():
         for parameter in (large.b_enc, large.b_dec):
             parameter *= 100.0
-    one = step_gradients(small, batch(0), K, k_aux=4, dead=DEAD)
-    two = step_gradients(large, 100 * batch(0), K, k_aux=4, dead=DEAD)
+    one = step_gradients(small, batch(0), K, k_aux=4, dead=dead())
+    two = step_gradients(large, 100 * batch(0), K, k_aux=4, dead=dead())
     assert float(two.aux) == pytest.approx(float(one.aux), rel=1e-4)
     assert float(two.loss) > 1000 * float(one.loss)
 
@@ -114,7 +135,7 @@ def test_one_prefix_and_no_core_is_plain_batchtopk():
 
 def test_fvu_of_the_batch():
     sae, x = make_sae(), batch(0)
-    xhat = reference(sae, x, K)["f"] @ sae.W_dec.detach().double() + sae.b_dec.detach().double()
+    xhat = reference_gradients(sae, x, K)["f"] @ sae.W_dec.detach().double() + sae.b_dec.detach().double()
     error, spread = (x - xhat).square().sum(), (x.double() - x.double().mean(0)).square().sum()
     assert float(step_gradients(sae, x, K).fvu) == pytest.approx(float(error / spread), rel=1e-5)
 
@@ -122,9 +143,9 @@ def test_fvu_of_the_batch():
 def test_bfloat16_products_give_float32_gradients_near_the_exact_ones():
     """8 bits of mantissa are 0.4 % a product. Everything is kept here: a selection flips where activations are close."""
     sae, x = make_sae(), batch(0)
-    step_gradients(sae, x, D_SAE, k_aux=4, dead=DEAD)
+    step_gradients(sae, x, D_SAE, k_aux=4, dead=dead())
     exact = gradients(sae)
-    step_gradients(sae, x, D_SAE, k_aux=4, dead=DEAD, bf16=True)
+    step_gradients(sae, x, D_SAE, k_aux=4, dead=dead(), bf16=True)
     for name, gradient in gradients(sae).items():
         assert gradient.dtype == torch.float32
         assert 0 < float((gradient - exact[name]).norm()) <= 0.02 * float(exact[name].norm()), name
@@ -158,21 +179,20 @@ def test_equals_saelens_matryoshka_batchtopk(with_dead):
     from sae_lens.saes.sae import TrainStepInput
 
     sae, x = make_sae(core=0), batch(0)
-    alpha, dead, mask = 1 / 32, None, torch.zeros(D_SAE, dtype=torch.bool)
+    alpha, mask = 1 / 32, dead(DEAD if with_dead else [], core=0)
     coefficient = 0.0
     if with_dead:
-        dead, mask[DEAD] = DEAD, True
         with torch.no_grad():
             sae.b_enc[DEAD] += 3.0
             assert bool((sae.pre_activations(x)[:, DEAD] > 0).all())
-        f = reference(sae, x, K)["f"]
+        f = reference_gradients(sae, x, K)["f"]
         residual = x.double() - f @ sae.W_dec.detach().double() - sae.b_dec.detach().double()
         variance = (residual - residual.mean(0)).square().sum(1).mean()
         coefficient = alpha / (float(variance) * min(1.0, len(DEAD) / (D_IN // 2)))
     other = saelens_copy(sae, coefficient)
     output = other.training_forward_pass(TrainStepInput(x, {}, mask, n_training_steps=0, is_logging_step=False))
     output.loss.backward()
-    stats = step_gradients(sae, x, K, aux_alpha=alpha, k_aux=D_IN // 2, dead=dead)
+    stats = step_gradients(sae, x, K, aux_alpha=alpha, k_aux=D_IN // 2, dead=mask if with_dead else None)
 
     assert float(stats.loss) == pytest.approx(float(output.loss.detach()), rel=1e-5)
     assert alpha * float(stats.aux) == pytest.approx(float(output.losses["auxiliary_reconstruction_loss"].detach()), rel=1e-5)
@@ -189,7 +209,7 @@ def test_optimiser_steps_by_hand(grad_clip):
     """Parallel part removed, clipped by the norm over the four gradients, Adam with bias correction, rows rescaled."""
     sae = make_sae()
     optimizer = make_optimizer(sae, config())
-    weights = {name: getattr(sae, name).detach().double() for name in NAMES}
+    weights = {name: getattr(sae, name).detach().double() for name in TRAINED}
     moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
     for step in range(1, 4):
         step_gradients(sae, batch(step), K)
@@ -207,7 +227,7 @@ def test_optimiser_steps_by_hand(grad_clip):
             weights[name] = weights[name] - 3e-3 * ahead
         weights["W_dec"] = weights["W_dec"] / weights["W_dec"].norm(dim=1, keepdim=True)
         assert float(apply_step(sae, optimizer, grad_clip)) == pytest.approx(norm, rel=1e-5)
-        for name in NAMES:
+        for name in TRAINED:
             found = getattr(sae, name).detach().double()
             assert float((found - weights[name]).abs().max()) <= 2e-6, (name, step)  # steps are 3e-3 an entry
             weights[name] = found  # so that float32 rounding does not pile up

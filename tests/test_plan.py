@@ -18,8 +18,8 @@ from dmsae_lib.run_lock import lock
 from dmsae_lib.run_notebook import check_parameters, parameters_of
 
 CYCLES = [f"cycle_{t}_{step}" for t in (0, 1) for step in ("train", "attribute", "distill")]
-RETRAIN, SCORES = ["retrain_k4", "retrain_k8"], ["saebench_k4", "saebench_k8"]
-ALL = ["harvest", *CYCLES, "learning_rate", *RETRAIN, "saebench_baselines", *SCORES, "summary"]
+END = ["retrain", "saebench", "summary"]
+ALL = ["harvest", *CYCLES, "learning_rate", *END]
 
 
 @pytest.fixture(scope="module")
@@ -90,17 +90,18 @@ def test_a_dry_run_lists_the_whole_experiment_in_order(fresh):
 
 
 CHANGES = {
-    "seed=1": [*CYCLES, "learning_rate", *RETRAIN, *SCORES, "summary"],
-    "training.lr=0.002": [*CYCLES, "learning_rate", *RETRAIN, *SCORES, "summary"],
-    "sae.prefixes=[8,16]": [*CYCLES, "learning_rate", *RETRAIN, *SCORES, "summary"],
-    "distill.coverage=0.8": [*CYCLES[1:], *RETRAIN, *SCORES, "summary"],
-    "distill.final_core=all_of_last": [*RETRAIN, *SCORES, "summary"],
-    "distill.cycles=2": ["cycle_2_train", "cycle_2_attribute", "cycle_2_distill", *RETRAIN, *SCORES, "summary"],
-    "retrain.seeds=[0,1]": [*RETRAIN, *SCORES, "summary"],
-    "retrain.ks=[4,8,16]": ["retrain_k16", "saebench_k16", "summary"],
-    'retrain.controls={"random":1}': ["retrain_k8", "saebench_k8", "summary"],
-    "saebench.probing_ks=[1]": ["saebench_baselines", *SCORES, "summary"],
+    "seed=1": [*CYCLES, "learning_rate", *END],
+    "training.lr=0.002": [*CYCLES, "learning_rate", *END],
+    "sae.prefixes=[8,16]": [*CYCLES, "learning_rate", *END],
+    "distill.coverage=0.8": [*CYCLES[1:], *END],
+    "distill.final_core=all_of_last": END,
+    "distill.cycles=2": ["cycle_2_train", "cycle_2_attribute", "cycle_2_distill", *END],
+    "retrain.seeds=[0,1]": END,
+    "retrain.ks=[4,8,16]": END,
+    'retrain.controls={"random":1}': END,
+    "saebench.probing_ks=[1]": ["saebench", "summary"],
     "training.checkpoint_seconds=5": ["summary"],
+    "training.together=2": ["summary"],
     "data.train_tokens=2000": ALL,
 }
 
@@ -120,13 +121,13 @@ def test_parameters_files_are_left_alone_while_nothing_changes(done):
 def test_a_changed_notebook_an_unfinished_one_and_a_lost_artefact_are_remade(done):
     run = done / "runs" / "trial"
     (done / "notebooks" / "06_saebench.ipynb").touch()
-    assert planned(done, "RUN=trial") == ["saebench_baselines", *SCORES, "summary"]
+    assert planned(done, "RUN=trial") == ["saebench", "summary"]
     pretend(done, "trial")
-    (run / "notebooks" / "saebench_k4.ipynb").unlink()
-    assert planned(done, "RUN=trial") == ["saebench_k4", "summary"]
+    (run / "notebooks" / "saebench.ipynb").unlink()
+    assert planned(done, "RUN=trial") == ["saebench", "summary"]
     pretend(done, "trial")
-    (run / "retrain" / "k8" / "index" / "manifest.json").unlink()
-    assert planned(done, "RUN=trial") == ["retrain_k8", "saebench_k8", "summary"]
+    (run / "retrain" / "index" / "manifest.json").unlink()
+    assert planned(done, "RUN=trial") == END
 
 
 def test_an_override_computes_elsewhere_and_notebooks_read_its_resolved_settings(fresh):

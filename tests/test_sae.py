@@ -121,6 +121,19 @@ def test_geometric_median_of_a_majority_point():
     assert torch.allclose(geometric_median(x), torch.full((3,), 2.0), atol=1e-5)
 
 
+def test_core_decoder_rows_start_random_or_at_the_encoder_rows():
+    """Either way the free latents and b_dec are the same, so arms stay paired by seed."""
+    first = random(50, D_IN, seed=3)
+    drawn, copied = make_sae(), make_sae()
+    drawn.initialise(5, first)
+    copied.initialise(5, first, "encoder")
+    unit = copied.core_rows / copied.core_rows.norm(dim=1, keepdim=True)
+    assert torch.allclose(copied.W_dec[:CORE], unit, atol=1e-6) and float((drawn.W_dec[:CORE] * unit).sum(1).abs().max()) < 0.9
+    assert torch.equal(drawn.W_dec[CORE:], copied.W_dec[CORE:]) and torch.equal(drawn.free_rows, copied.free_rows)
+    assert torch.equal(drawn.b_dec, copied.b_dec) and not bool(copied.b_enc.any())
+
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, 37.5])
 @pytest.mark.parametrize("core_sparsity", ["relu", "batchtopk"])
 def test_folded_equals_the_unfolded_one_on_scaled_inputs(scale, core_sparsity):

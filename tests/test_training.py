@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from toy_sae import BATCH, CORE, D_IN, D_SAE, NAMES, K, batch, config, make_sae, reference
+from toy_sae import BATCH, CORE, D_IN, D_SAE, K, batch, config, make_sae
 
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.training import Trainer, learning_rate, match_frequency, train_sae
+from dmsae_lib.reference import TRAINED, reference_gradients
+from dmsae_lib.training import Trainer, learning_rate, match_frequency, train_saes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,16 +29,16 @@ def test_core_rows_are_out_of_reach(core_sparsity):
     sae = make_sae(core_sparsity=core_sparsity)
     trainer = Trainer(sae, config(lr=0.05, dead_window=2 * BATCH), steps=30)
     before = sae.core_rows.clone()
-    start = {name: getattr(sae, name).detach().clone() for name in NAMES}
+    start = {name: getattr(sae, name).detach().clone() for name in TRAINED}
     for step in range(30):
         trainer.train_step(batch(step))
     assert torch.equal(sae.core_rows, before)
-    assert all(not torch.allclose(getattr(sae, name), start[name]) for name in NAMES)
+    assert all(not torch.allclose(getattr(sae, name), start[name]) for name in TRAINED)
     assert not torch.allclose(sae.W_dec[:CORE], start["W_dec"][:CORE])  # the core's decoder and bias are trained
     assert not torch.allclose(sae.b_enc[:CORE], start["b_enc"][:CORE])
-    assert {name for name, _ in sae.named_parameters()} == set(NAMES)
+    assert {name for name, _ in sae.named_parameters()} == set(TRAINED)
     optimised = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in optimised} == {id(getattr(sae, name)) for name in NAMES}
+    assert {id(p) for p in optimised} == {id(getattr(sae, name)) for name in TRAINED}
     storage = sae.core_rows.untyped_storage().data_ptr()
     assert all(p.untyped_storage().data_ptr() != storage for p in optimised)
     assert not sae.core_rows.requires_grad and sae.core_rows.grad is None
@@ -60,6 +61,10 @@ def test_match_frequency_sets_the_firing_rates():
     assert torch.equal(sae.b_enc[CORE:], make_sae().b_enc[CORE:])
     unseen = (sae.pre_activations(batch(1, size=4000))[:, :CORE] > 0).float().mean(0)
     assert float((unseen - wanted).abs().max()) <= 0.03  # three standard errors of a share at 4000 tokens
+
+
+def train_sae(trainer: Trainer, batches, checkpoint, parents: dict, report) -> None:
+    train_saes([trainer], batches, [checkpoint], [parents], report=report)
 
 
 def source(start: tuple, stop_at: int | None = None) -> Iterator[tuple[Tensor, tuple]]:
@@ -217,7 +222,7 @@ def test_threshold_average_and_dead_counters():
     beta, average, counters = 1 - 10 / 50, None, torch.zeros(D_SAE, dtype=torch.int64)
     for step in range(8):
         x = batch(step)
-        f = reference(trainer.sae, x, K)["f"]
+        f = reference_gradients(trainer.sae, x, K)["f"]
         smallest = float(f[:, CORE:][f[:, CORE:] > 0].min())
         average = smallest if average is None else beta * average + (1 - beta) * smallest
         counters = torch.where((f > 0).any(0), 0, counters + BATCH)
