@@ -29,7 +29,7 @@ ENVIRONMENT = $(if $(filter .venv/bin/python,$(PY)),.venv/.complete)
 WHICH = --config '$(CONFIG)' $(if $(RUN),--run '$(RUN)') $(foreach s,$(SET),--set '$s')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup reproduce stages smoke test test-slow lint base-model status compare publish figures clean lock
+.PHONY: help setup reproduce stages smoke test test-slow lint base-model status compare publish figures sizing clean lock
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -65,6 +65,11 @@ publish: $(ENVIRONMENT) ## copy a finished run to results/ and figures/
 
 figures: $(ENVIRONMENT) ## draw figures/CONFIG again from results/CONFIG alone
 	@$(PY) -m dmsae_lib.manage figures $(WHICH) $(if $(AS),--as '$(AS)')
+
+sizing: $(ENVIRONMENT) ## predict CONFIG's times, memory and disk beside what was measured, and the Gemma-2-2B run
+	@$(PY) -m dmsae_lib.run_notebook notebooks/08_sizing.ipynb runs/sizing/sizing.ipynb -p config '$(CONFIG)' -p write true $(NBFLAGS)
+	@cp runs/sizing/sizing.ipynb 'results/$(CONFIG)/notebooks/sizing.ipynb'
+	@$(PY) -m dmsae_lib.manage figures $(WHICH)
 
 base-model: $(ENVIRONMENT) ## train the embedded language model again, in runs/base_model (an hour on two cores)
 	@$(PY) -m dmsae_lib.run_notebook notebooks/00_base_model.ipynb runs/base_model/notebooks/00_base_model.ipynb \

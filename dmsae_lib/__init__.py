@@ -7,7 +7,7 @@ Modules are stacked in floors and import only from floors below their own:
 2. ``activations``, ``sparsity``, ``sae``
 3. ``gradients``, ``training``, ``attribution``, ``core``, ``evaluation``, ``examples``
 4. ``fit`` (train, calibrate, measure, write one SAE), ``arms`` (the control cores), ``saebench``
-5. ``summary``, ``claims``, ``reviewers``, ``results``, ``plots`` and its parts, ``readme``
+5. ``summary``, ``claims``, ``reviewers``, ``results``, ``plots`` and its parts, ``readme``, ``sizing`` and its stages
 
 ``plan``, ``run_notebook``, ``run_lock`` and ``manage`` stand behind the Makefile.
 

@@ -20,7 +20,7 @@ def member(i: int, **changes) -> Trainer:
     made = make_sae(**sae)
     with torch.no_grad():
         made.b_enc[-8:] -= torch.linspace(0.3, 3, 8)  # some latents die
-    return Trainer(made, config(**{"dead_window": 3 * BATCH, "checkpoint_seconds": 1e-9, **training, **changes}), steps, f"sae {i}")
+    return Trainer(made, config(**{"dead_window": 3 * BATCH, **training, **changes}), steps, f"sae {i}")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,8 @@ def test_a_kill_at_any_time_is_made_good(alone, tmp_path, stop, lost):
     """Also where some checkpoints are older than others, or were never written."""
     folders = paths(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        train_saes([member(i) for i in range(4)], lambda start: source(start, stop), folders, [{}] * 4, report=lambda _: None)
+        killed = [member(i, checkpoint_seconds=1e-9) for i in range(4)]
+        train_saes(killed, lambda start: source(start, stop), folders, [{}] * 4, report=lambda _: None)
     for i in lost:  # killed before these were saved: an older state, or none
         older = member(i)
         for x, cursor in source((0, 0, 0)):
@@ -83,7 +84,8 @@ def test_one_bad_member_stops_the_run_and_keeps_every_checkpoint(tmp_path):
             yield (x * float("nan") if cursor[2] == 6 else x), cursor
 
     with pytest.raises(UserError, match="Step 5: the activations hold NaN or Inf"):
-        train_saes([member(i) for i in range(4)], poisoned, paths(tmp_path), [{}] * 4, report=lambda _: None)
+        members = [member(i, checkpoint_seconds=1e-9) for i in range(4)]
+        train_saes(members, poisoned, paths(tmp_path), [{}] * 4, report=lambda _: None)
     for i, folder in enumerate(paths(tmp_path)):
         again = member(i)
         assert again.resume(folder, {}) and again.step == 5
