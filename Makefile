@@ -29,7 +29,7 @@ ENVIRONMENT = $(if $(filter .venv/bin/python,$(PY)),.venv/.complete)
 WHICH = --config '$(CONFIG)' $(if $(RUN),--run '$(RUN)') $(foreach s,$(SET),--set '$s')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup reproduce stages smoke test test-slow lint base-model status compare publish figures sizing clean lock
+.PHONY: help setup reproduce stages smoke test test-slow lint base-model status compare publish figures sizing mend clean lock
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -74,6 +74,10 @@ sizing: $(ENVIRONMENT) ## predict CONFIG's times, memory and disk beside what wa
 base-model: $(ENVIRONMENT) ## train the embedded language model again, in runs/base_model (an hour on two cores)
 	@$(PY) -m dmsae_lib.run_notebook notebooks/00_base_model.ipynb runs/base_model/notebooks/00_base_model.ipynb \
 	  -p run base_model -p tokens 30000000 -p documents 0 -p vocab_size 4096 -p batch_rows 32 $(NBFLAGS)
+
+mend: $(ENVIRONMENT) ## check every artefact against its hashes, and make the damaged ones again
+	@$(PY) -m dmsae_lib.manage mend $(WHICH)
+	@$(MAKE) --no-print-directory stages
 
 clean: ## remove what was computed for CONFIG (or RUN), naming it first; never results/ or figures/
 	@if [ ! -d runs ]; then echo "there is no runs/: nothing to remove"; \

@@ -2,7 +2,7 @@
 
 Modules are stacked in floors and import only from floors below their own:
 
-0. ``provenance``, ``artifacts``, ``config``, ``seeds``, ``runtime``
+0. ``provenance``, ``atomic``, ``artifacts``, ``config``, ``seeds``, ``runtime``
 1. ``corpus``, ``language_model``, ``base_model`` and its reference ``ngram``
 2. ``activations``, ``sparsity``, ``sae``
 3. ``gradients``, ``training``, ``attribution``, ``core``, ``evaluation``, ``examples``

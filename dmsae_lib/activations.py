@@ -6,8 +6,8 @@ be made again without replaying the ones before.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,15 @@ def usable_residuals(model: LanguageModel, split: dict[str, np.ndarray]) -> Iter
         yield model.lower(tokens)[usable_positions(tokens, lengths, model.bos)]
 
 
+def finite(x: Tensor, where: str) -> Tensor:
+    """``x`` itself; UserError naming ``where`` if it holds NaN or Inf, which no average or threshold survives."""
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).any(dim=-1).sum())
+        raise UserError(f"The residuals of {where} hold NaN or Inf at {bad} of {len(x)} positions: look at model.dtype (a "
+                        "model trained in float32 may overflow in another) and at the model's weights.")
+    return x
+
+
 def median_norm(model: LanguageModel, split: dict[str, np.ndarray]) -> float:
     """Median ||x|| over the usable positions of the first contexts; the yardstick for outliers."""
     sample = {name: array[:NORM_SAMPLE_ROWS] for name, array in split.items()}
@@ -46,13 +55,14 @@ def harvest(writer: Writer, model: LanguageModel, splits: dict[str, dict[str, np
     stays the same for every cycle and every k. Returns the record for record.json (without model and data entries).
     """
     for name, arrays in splits.items():
-        for part, array in arrays.items():
-            np.save(writer.path(f"{name}.{part}.npy"), array)
+        writer.tensors(f"{name}.safetensors", {part: torch.from_numpy(array) for part, array in arrays.items()})
     middle = median_norm(model, splits["train"])
     limit = data.outlier_norm * middle
-    dtype = np.float32 if model.config.dtype == "float32" else np.int16  # int16 holds bfloat16 bits
-    total, squares, outliers, shard, pending = 0, 0.0, 0, 0, []
+    dtype = getattr(torch, model.config.dtype)
+    total, squares, outliers, shard, pending, rows = 0, 0.0, 0, 0, [], 0
     for x in usable_residuals(model, splits["train"]):
+        finite(x, f"the train split, contexts {rows} to {rows + model.config.batch_rows - 1}")
+        rows += model.config.batch_rows
         norms = x.norm(dim=1)
         outliers += int((norms > limit).sum())
         x = x[norms <= limit][: data.train_tokens - total]
@@ -61,22 +71,21 @@ def harvest(writer: Writer, model: LanguageModel, splits: dict[str, dict[str, np
         if data.store == "disk":
             pending.append(x.cpu())
             if sum(map(len, pending)) >= SHARD_ROWS:
-                _save_shard(writer.path(f"shard_{shard:04d}.npy"), torch.cat(pending), dtype)
+                writer.tensors(f"shard_{shard:04d}.safetensors", {"x": torch.cat(pending).to(dtype)})
                 pending, shard = [], shard + 1
                 report(f"{total:,} of {data.train_tokens:,} activations")
         if total == data.train_tokens:
             break
     if pending:
-        _save_shard(writer.path(f"shard_{shard:04d}.npy"), torch.cat(pending), dtype)
+        writer.tensors(f"shard_{shard:04d}.safetensors", {"x": torch.cat(pending).to(dtype)})
         shard += 1
     clean, zero = reference_losses(model, splits["test"])
+    if not math.isfinite(clean + zero):
+        raise UserError(f"The model's loss on the test split is {clean}, and {zero} with the residual set to zero: look at "
+                        "model.dtype and at the model's weights.")  # fmt: skip
     counts = {name: int(sum(usable_count(arrays, model.bos))) for name, arrays in splits.items()}
     return {"n_tokens": counts, "harvested": total, "shards": shard, "scale": (squares / total) ** 0.5, "median_norm": middle,
             "outlier_limit": limit, "outliers_dropped": outliers, "clean_loss": clean, "zero_loss": zero}
-
-
-def _save_shard(path: Path, rows: Tensor, dtype: type) -> None:
-    np.save(path, rows.numpy() if dtype == np.float32 else rows.bfloat16().view(torch.int16).numpy())
 
 
 def usable_count(split: dict[str, np.ndarray], bos: int) -> np.ndarray:
@@ -101,32 +110,32 @@ def reference_losses(model: LanguageModel, split: dict[str, np.ndarray]) -> tupl
 
 def load_split(artifact: Artifact, name: str) -> dict[str, np.ndarray]:
     """Memory maps of one split's tokens and lengths."""
-    return {part: np.load(artifact.path(f"{name}.{part}.npy"), mmap_mode="r") for part in ("tokens", "lengths")}
+    return {part: tensor.numpy() for part, tensor in artifact.tensors(f"{name}.safetensors").items()}
 
 
 class StoredActivations:
     """The shards of a harvest artefact: one block per epoch, every batch a random draw without replacement."""
 
     def __init__(self, artifact: Artifact, scale: float, device: str = "cpu"):
-        paths = sorted(artifact.folder.glob("shard_*.npy"))
-        self.shards = [np.load(path, mmap_mode="r") for path in paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        names = sorted(name for name in artifact.files if name.startswith("shard_"))
+        self.shards = [artifact.tensors(name)["x"] for name in names]  # mapped: pages are read as rows are asked for
+        self.ends = torch.tensor([len(shard) for shard in self.shards]).cumsum(0)
         self.scale, self.device = scale, device
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def rows(self, index: Tensor) -> Tensor:
-        """Normalised activations (len(index), d_in) float32, in the order of ``index``."""
-        wanted = index.numpy()
-        shard_of = np.searchsorted(self.ends, wanted, side="right")
-        out = np.empty((len(wanted), self.shards[0].shape[1]), dtype=self.shards[0].dtype)
-        for number in np.unique(shard_of):
-            here = shard_of == number
-            out[here] = self.shards[number][wanted[here] - (self.ends[number] - len(self.shards[number]))]
-        x = torch.from_numpy(out)
-        x = x if x.dtype == torch.float32 else x.view(torch.bfloat16).float()
-        return (x / self.scale).to(self.device)
+        """Normalised activations (len(index), d_in) float32, in the order of ``index`` (int64, on the CPU)."""
+        if len(self.shards) == 1:
+            x = self.shards[0].index_select(0, index)
+        else:
+            x = torch.empty(len(index), self.shards[0].shape[1], dtype=self.shards[0].dtype)
+            shard_of = torch.searchsorted(self.ends, index, right=True)
+            for number in shard_of.unique().tolist():
+                here, shard = (shard_of == number).nonzero().squeeze(1), self.shards[number]
+                x[here] = shard.index_select(0, index[here] - (self.ends[number] - len(shard)))
+        return (x.float() / self.scale).to(self.device)
 
     def batches(self, batch_size: int, seed: int, name: str, cursor: Cursor = (0, 0, 0)) -> Iterator[tuple[Tensor, Cursor]]:
         """Endless batches; ``name`` and ``seed`` fix the order, the cursor where to start."""
@@ -153,7 +162,7 @@ class StreamedActivations:
     def block(self, rows: np.ndarray) -> Tensor:
         rows = np.sort(rows)
         split = {name: np.asarray(array[rows]) for name, array in self.split.items()}
-        x = torch.cat(list(usable_residuals(self.model, split)))
+        x = finite(torch.cat(list(usable_residuals(self.model, split))), f"contexts {rows[0]} to {rows[-1]} of the train split")
         return x[x.norm(dim=1) <= self.limit] / self.scale
 
     def batches(self, batch_size: int, seed: int, name: str, cursor: Cursor = (0, 0, 0)) -> Iterator[tuple[Tensor, Cursor]]:

@@ -3,38 +3,38 @@
 Every arrow in the pipeline is such a folder::
 
     manifest.json     kind, parents {name: content hash}, files {name: sha256}, hash
-    provenance.json   when, where and with which code and versions it was made (not part of the hash)
-    *.json *.csv *.safetensors *.npy     the content
+    provenance.json   when, where and with which code and versions it was made, and its own checksum
+    *.json *.csv *.safetensors     the content
 
-The content hash covers the kind, the parents' hashes and every file's bytes, so two runs that computed the same
-thing have the same hash even though their provenance differs. Only JSON, CSV, safetensors and raw arrays are read:
-never a pickle.
+The content hash covers the kind, the parents' hashes and every file's bytes, but not provenance.json, so two runs that
+computed the same thing have the same hash and the same manifest. Only JSON, CSV and safetensors are read: never a
+pickle. A changed byte anywhere in the folder is found when it is opened.
 """
 
 import contextlib
 import csv
-import errno
 import hashlib
 import json
-import os
-import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dmsae_lib import atomic
+from dmsae_lib.atomic import UserError, claimed, explain_os_errors, json_text, put, recover, write_json
 from dmsae_lib.provenance import provenance
 
-SCHEMA = 1
-
-
-class UserError(ValueError):
-    """Something the user can mend; the message is one sentence that says what and how."""
+__all__ = ["Artifact", "ArtifactError", "UserError", "Writer", "explain_os_errors", "hash_json", "load", "remove",
+           "repository_root", "sha256_file", "sweep", "write", "write_json"]  # fmt: skip
+SCHEMA = 2
 
 
 class ArtifactError(UserError):
-    """An artefact is missing, damaged, or of another kind than expected."""
+    """An artefact is missing, damaged, or of another kind than expected: ``what`` is wrong, and the ``remedy``."""
+
+    def __init__(self, what: str, remedy: str = ""):
+        super().__init__(f"{what}: {remedy}." if remedy else what)
+        self.what, self.remedy = what, remedy
 
 
 def repository_root(start: Path | None = None) -> Path:
@@ -56,55 +56,20 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _json_text(value: Any) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """``value`` with its own hash beside it, as :func:`unseal` wants it."""
+    return value | {"hash": hash_json(value)}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a temporary file, so that a reader sees the old text or the new one. NaN is refused."""
-    text = _json_text(value)
-    temporary = path.with_name(path.name + ".tmp")
-    with explain_os_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "w", encoding="utf-8") as handle:
-                handle.write(text)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-
-
-REASONS = {
-    errno.ENOSPC: "the disk is full: free some space and run the same command again",
-    errno.EFBIG: "the file size limit is reached: raise it (ulimit -f) and run the same command again",
-    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-    errno.EACCES: "there is no permission to write there: change the folder's permissions or the run's place",
-    errno.EPERM: "there is no permission to write there: change the folder's permissions or the run's place",
-    errno.EROFS: "the file system is read-only: clone the repository to a place that can be written",
-}
-
-
-def _error_number(error: Exception) -> int | None:
-    """The error number of a failed write, also where safetensors (in its text) or numpy (nowhere) put it."""
-    if isinstance(error, OSError):
-        return errno.ENOSPC if error.errno is None and "written" in str(error) else error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return int(found[1]) if found else None
-
-
-@contextlib.contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn the failures of writing to ``path`` that the user can mend into one sentence, a UserError."""
-    try:
-        yield
-    except Exception as error:
-        if reason := REASONS.get(_error_number(error)):
-            raise UserError(f"Cannot write {path}: {reason}.") from error
-        raise
+def unseal(path: Path) -> dict[str, Any]:
+    """What a sealed JSON file holds, its hash included; ValueError where a single byte of it is not as it was written."""
+    text = path.read_bytes()
+    value = json.loads(text)
+    if not isinstance(value, dict) or "hash" not in value:
+        raise ValueError("cannot be read")
+    if sealed({key: value[key] for key in value if key != "hash"}) != value or json_text(value).encode() != text:
+        raise ValueError("does not match its own hash")
+    return value
 
 
 class Writer:
@@ -112,17 +77,20 @@ class Writer:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.circumstances: dict[str, Any] = {}  # more for provenance.json: what may differ between two equal runs
 
     def path(self, name: str) -> Path:
-        """A path inside the artefact to be written by the caller (memory maps, for instance)."""
+        """A path inside the artefact, to be written by the caller."""
+        if Path(name).name != name or name == "..":
+            raise UserError(f"{name!r} cannot be the name of a file inside an artefact: take the slashes out of it.")
         return self.folder / name
 
     def json(self, name: str, value: Any) -> None:
-        (self.folder / name).write_text(_json_text(value), encoding="utf-8")
+        self.path(name).write_text(json_text(value), encoding="utf-8")
 
     def csv(self, name: str, rows: list[dict[str, Any]]) -> None:
         """One line per row; the first row's keys are the header."""
-        with open(self.folder / name, "w", newline="", encoding="utf-8") as handle:
+        with open(self.path(name), "w", newline="", encoding="utf-8") as handle:
             table = csv.DictWriter(handle, fieldnames=list(rows[0]))
             table.writeheader()
             table.writerows(rows)
@@ -130,59 +98,43 @@ class Writer:
     def tensors(self, name: str, tensors: dict[str, Any]) -> None:
         from safetensors.torch import save_file
 
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, self.folder / name)
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, self.path(name))
 
 
 @contextlib.contextmanager
 def write(folder: Path, kind: str, parents: dict[str, str] | None = None) -> Iterator[Writer]:
     """Write an artefact: everything inside the block lands in ``folder`` at once when the block ends well.
 
-    An exception, a kill or a full disk leaves what was in ``folder`` before untouched.
+    An exception, a kill or a full disk leaves what was in ``folder`` before untouched. Raises UserError where it cannot
+    be written, or another process is writing it.
     """
     folder = Path(folder)
-    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("writing", "old"))
     started = time.perf_counter()
-    try:
-        with explain_os_errors(folder):
-            _recover(folder, old)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            writer = Writer(temporary)
-            yield writer
-            files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-            manifest = {"schema": SCHEMA, "kind": kind, "parents": dict(sorted((parents or {}).items())), "files": files}
-            writer.json("provenance.json", provenance(repository_root(Path(__file__).parent), time.perf_counter() - started))
-            writer.json("manifest.json", manifest | {"hash": hash_json(manifest)})
-            for path in [*temporary.iterdir(), temporary]:
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(folder, old)
-            os.replace(temporary, folder)
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _recover(folder: Path, old: Path) -> None:
-    """After a kill between the two renames of `write` the previous artefact is still whole: put it back."""
-    if not folder.exists() and old.exists():
-        os.replace(old, folder)
+    with explain_os_errors(folder), claimed(folder) as place:
+        recover(folder)
+        writer = Writer(place)
+        yield writer
+        files = {path.name: sha256_file(path) for path in sorted(place.iterdir())}
+        made = provenance(repository_root(Path(__file__).parent), time.perf_counter() - started) | writer.circumstances
+        writer.json("provenance.json", sealed(made))
+        manifest = {"schema": SCHEMA, "kind": kind, "parents": dict(sorted((parents or {}).items())), "files": files}
+        writer.json("manifest.json", sealed(manifest))
+        put(place, folder)
 
 
 def remove(folder: Path) -> None:
     """Delete an artefact that is no longer needed (a finished training's checkpoint)."""
-    shutil.rmtree(folder, ignore_errors=True)
+    with explain_os_errors(folder):
+        atomic.delete(Path(folder))
 
 
 class Artifact:
     """A verified artefact, read lazily; see :func:`load`."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
+    def __init__(self, folder: Path, manifest: dict[str, Any], provenance: dict[str, Any]):
         self.folder, self.kind, self.hash = folder, manifest["kind"], manifest["hash"]
         self.parents, self.files = manifest["parents"], manifest["files"]  # {name: hash}, {name: sha256}
+        self.provenance = provenance
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -195,46 +147,66 @@ class Artifact:
             return list(csv.DictReader(handle))
 
     def tensors(self, name: str) -> dict[str, Any]:
+        """{key: tensor} in memory mapped to the file: what is not looked at is not read."""
         from safetensors.torch import load_file
 
         return load_file(self.folder / name)
 
-    @property
-    def provenance(self) -> dict[str, Any]:
-        try:
-            return self.json("provenance.json")
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{self.folder} is damaged (provenance.json cannot be read): delete that folder and run "
-                                "`make reproduce`.") from error
+
+def _which(folder: Path) -> str:
+    """What tells make the run that ``folder`` is part of; "" where it is part of none."""
+    for run in folder.resolve().parents:
+        if run.parent.name == "runs" and (run / "config.yaml").is_file():
+            plain = (run.parent.parent / "configs" / f"{run.name}.yaml").is_file()
+            return f"CONFIG={run.name}" if plain else f"CONFIG=runs/{run.name}/config.yaml RUN={run.name}"
+    return ""
 
 
-def load(folder: Path, kind: str, made_by: str = "") -> Artifact:
+def load(folder: Path, kind: str | None, made_by: str = "") -> Artifact:
     """Open the artefact in ``folder`` and check every file against its hash.
 
-    ``made_by`` names the make target that makes it, for the error message of a missing one.
-    Raises ArtifactError, which names the file that is missing, truncated or changed.
+    ``kind`` is what it must be (None: anything), ``made_by`` names the make target that makes it, for the error message
+    of a missing one. Raises ArtifactError, which names the file that is missing, truncated or changed.
     """
-    folder = Path(folder)
-    remedy = f"run `make {made_by}`" if made_by else "run `make reproduce`, which makes what is missing"
-    _recover(folder, folder.with_name(f".{folder.name}.old"))
+    folder, which = Path(folder), _which(Path(folder))
+    remedy = f"run `make {made_by}" if made_by else "run `make reproduce"
+    remedy += "`" if not which or "CONFIG=" in made_by else f" {which}`"
+    again = f"run `make mend {which}`, which makes it again" if which else f"delete that folder and {remedy}"
+    recover(folder)
     if not (folder / "manifest.json").is_file():
-        raise ArtifactError(f"There is no {kind} artefact in {folder}: {remedy}.")
-    damaged = f"{folder} is damaged ({{}}): delete that folder and {remedy}."
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        content = {key: manifest[key] for key in ("schema", "kind", "parents", "files")}
-        if manifest["hash"] != hash_json(content):
-            raise ArtifactError(damaged.format("manifest.json does not match its own hash"))
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(damaged.format("manifest.json cannot be read")) from error
-    if manifest["schema"] != SCHEMA or manifest["kind"] != kind:
+        raise ArtifactError(f"There is no {kind or 'whole'} artefact in {folder}", remedy)
+
+    def damaged(what: str, error: Exception | None = None) -> ArtifactError:
+        reason = what if error is None else f"{what} {error if str(error).startswith('does') else 'cannot be read'}"
+        return ArtifactError(f"{folder} is damaged ({reason})", again)
+
+    def opened(name: str) -> dict[str, Any]:
+        try:
+            return unseal(folder / name)
+        except FileNotFoundError as error:
+            raise damaged(f"{name} is missing") from error
+        except (OSError, ValueError) as error:
+            raise damaged(name, error) from error
+
+    manifest = opened("manifest.json")
+    if manifest["schema"] != SCHEMA or kind not in (None, manifest["kind"]):
         raise ArtifactError(f"{folder} holds a {manifest['kind']} artefact, schema {manifest['schema']}; "
-                            f"a {kind} artefact, schema {SCHEMA}, is needed: delete that folder and {remedy}.")
+                            f"a {kind or 'new'} artefact, schema {SCHEMA}, is needed", again)  # fmt: skip
+    made = opened("provenance.json")
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file():
-            raise ArtifactError(damaged.format(f"{name} is missing"))
+            raise damaged(f"{name} is missing")
         if sha256_file(folder / name) != digest:
-            raise ArtifactError(damaged.format(f"{name} does not match its hash"))
-    return Artifact(folder, manifest)
+            raise damaged(f"{name} does not match its hash")
+    return Artifact(folder, manifest, {key: value for key, value in made.items() if key != "hash"})
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what killed processes left in a run's folder: see :func:`dmsae_lib.atomic.sweep`; and the checkpoints of
+    SAEs that are finished."""
+    atomic.sweep(folder)
+    for manifest in Path(folder).rglob(".*.checkpoint/manifest.json"):
+        made = manifest.parent.with_name(manifest.parent.name[1:].removesuffix(".checkpoint")) / "manifest.json"
+        with contextlib.suppress(OSError, ValueError):
+            if unseal(made)["parents"] == unseal(manifest)["parents"]:
+                remove(manifest.parent)

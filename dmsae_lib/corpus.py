@@ -107,7 +107,7 @@ def _hub_texts(data: DataConfig) -> Iterator[str]:
 
     remedy = "check the name, data.subset, data.split and the network, or give a local .txt or .jsonl file"
     try:
-        for row in datasets.load_dataset(data.source, data.subset, split=data.split, streaming=True):
+        for row in datasets.load_dataset(data.source, data.subset, split=data.split, streaming=True, trust_remote_code=False):
             if not isinstance(row.get(data.text_field), str):
                 raise UserError(f"data.text_field is {data.text_field}: the rows of {data.source} hold {', '.join(row)}; name "
                                 "the one with the text.")

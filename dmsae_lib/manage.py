@@ -1,19 +1,17 @@
-"""What the Makefile does with finished runs: status, compare, publish, clean.
+"""What the Makefile does with finished runs: status, compare, publish, mend, clean.
 
 ``python -m dmsae_lib.manage status --config default``
 """
 
 import argparse
-import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from dmsae_lib.artifacts import UserError, explain_os_errors, load
+from dmsae_lib.artifacts import ArtifactError, UserError, explain_os_errors, load
+from dmsae_lib.atomic import delete, replacing
 from dmsae_lib.config import NAME, Run, open_run
 from dmsae_lib.plan import Stage, parameters_changed, run_arguments, stages
 from dmsae_lib.provenance import code_state
@@ -108,32 +106,10 @@ def compare(run: Run) -> int:
     return 1 if changed else 0
 
 
-@contextlib.contextmanager
-def _replacing(folders: list[Path]) -> Iterator[list[Path]]:
-    """New versions of ``folders`` are filled inside the block and take their places together, or not at all."""
-    new = [folder.with_name(f".{folder.name}.new") for folder in folders]
-    old = [folder.with_name(f".{folder.name}.old") for folder in folders]
-    swapped: list[int] = []
-    try:
-        for path in [*new, *old]:
-            shutil.rmtree(path, ignore_errors=True)
-        for path in new:
-            path.mkdir(parents=True)
-        yield new
-        for i, folder in enumerate(folders):
-            if folder.exists():
-                os.replace(folder, old[i])
-            swapped.append(i)
-            os.replace(new[i], folder)
-    except BaseException:
-        for i in swapped:
-            if old[i].exists():
-                shutil.rmtree(folders[i], ignore_errors=True)
-                os.replace(old[i], folders[i])
-        raise
-    finally:
-        for path in [*new, *old]:
-            shutil.rmtree(path, ignore_errors=True)
+def _checked(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise UserError(f"AS is {name!r}: use letters, digits, '.', '_' and '-'.")
+    return name
 
 
 def publish(run: Run, name: str = "") -> None:
@@ -144,14 +120,12 @@ def publish(run: Run, name: str = "") -> None:
     if not name and run.name != run.config.name:
         raise UserError(f"runs/{run.name} is not the plain run of {run.config.name}: say with AS=name under which name "
                         "to publish it.")  # fmt: skip
-    name = name or run.name
-    if not NAME.fullmatch(name):
-        raise UserError(f"AS is {name!r}: use letters, digits, '.', '_' and '-'.")
+    name = _checked(name or run.name)
     for stage in stages(run.config):
         if (state := stage_state(run, stage)) != "present":
             raise UserError(f"runs/{run.name} is not complete ({stage.name} is {state}): run `make reproduce` first.")
     targets = [run.root / "results" / name, run.root / "figures" / name]
-    with explain_os_errors(targets[0]), locked(run), _replacing(targets) as (results, figures):
+    with explain_os_errors(targets[0]), locked(run), replacing(targets) as (results, figures):
         shutil.copytree(load(run.folder / "summary", "summary").folder, results, dirs_exist_ok=True)
         (results / "notebooks").mkdir()
         for stage in stages(run.config):
@@ -167,11 +141,43 @@ def figures(run: Run, name: str = "") -> None:
     """Draw figures/<name> again from results/<name>; nothing is computed."""
     from dmsae_lib.plots import draw_all
 
-    name = name or run.name
+    name = _checked(name or run.name)
     target = run.root / "figures" / name
-    with explain_os_errors(target), _replacing([target]) as (new,):
+    with explain_os_errors(target), replacing([target]) as (new,):
         drawn = draw_all(run.root / "results" / name, new)
     print(f"drew {len(drawn)} figures in figures/{name}")
+
+
+def mend(run: Run) -> None:
+    """Check every artefact of the run against its hashes, and remove what is damaged, so that `make stages` makes it again.
+
+    Stages whose artefact is one of several that they make run again too, and make only what is missing.
+    """
+    if not run.folder.is_dir():
+        print(f"there is no runs/{run.name}: nothing to mend")
+        return
+    with explain_os_errors(run.folder), locked(run):
+        found = sorted(path.parent for path in run.folder.rglob("manifest.json"))
+        removed = 0
+        for folder in found:
+            try:
+                load(folder, None)
+            except ArtifactError as error:
+                print(f"{error.what}: removed")
+                for stage in _makers(run, folder):
+                    (run.folder / "notebooks" / f"{stage.name}.ipynb").unlink(missing_ok=True)
+                delete(folder)
+                removed += 1
+        print(f"runs/{run.name}: {len(found)} artefacts checked, {removed} of them damaged and removed")
+
+
+def _makers(run: Run, folder: Path) -> list[Stage]:
+    """The stages that may have made the artefact in ``folder``: its own, or all of its part of the run."""
+    if folder.name.startswith("."):
+        return []  # a checkpoint, which nothing waits for
+    place = folder.relative_to(run.folder)
+    own = [stage for stage in stages(run.config) if Path(stage.artefact) == place]
+    return own or [stage for stage in stages(run.config) if Path(stage.artefact).parts[0] == place.parts[0]]
 
 
 def clean(run: Run) -> None:
@@ -183,12 +189,14 @@ def clean(run: Run) -> None:
         for path in sorted(run.folder.iterdir()):
             size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
             print(f"removing runs/{run.name}/{path.name} ({size / 2**20:.1f} MiB)")
-        shutil.rmtree(run.folder)
+        if run.folder.is_symlink():
+            print(f"runs/{run.name} is a link to {run.folder.resolve()}: that folder itself is left as it is")
+        delete(run.folder)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Look after finished runs.")
-    parser.add_argument("action", choices=("status", "compare", "publish", "figures", "clean"))
+    parser.add_argument("action", choices=("status", "compare", "publish", "figures", "mend", "clean"))
     parser.add_argument("--as", dest="name", default="", help="for publish and figures: below results/ and figures/")
     run_arguments(parser)
     options = parser.parse_args()
@@ -202,6 +210,8 @@ def main() -> int:
             publish(run, options.name)
         case "figures":
             figures(run, options.name)
+        case "mend":
+            mend(run)
         case "clean":
             clean(run)
     return 0

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from dmsae_lib.artifacts import UserError, explain_os_errors, write_json
+from dmsae_lib.atomic import write_text
 from dmsae_lib.config import Run, RunConfig, TrainingConfig, load_config, open_run
 from dmsae_lib.run_lock import lock
 
@@ -135,7 +136,7 @@ def makefile(run: Run, config: str) -> str:
 
 def _write_if_changed(path: Path, text: str) -> None:
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
 
 def write_plan(run: Run) -> Path:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from dmsae_lib.atomic import write_bytes
 from dmsae_lib.claims import t_interval
 from dmsae_lib.results import Results
 
@@ -159,10 +160,25 @@ def curve(axes: Axes, rows: list[Row], arm: str, results: Results, value: Callab
     return True
 
 
+def settle(figure: Figure) -> None:
+    """Lay the figure out once and round the places of its axes.
+
+    The layout's solver goes by the order of objects in memory, so its last digits vary, and ids in an SVG are hashes of them.
+    """
+    figure.draw_without_rendering()
+    places = [axes.get_position(original=True).bounds for axes in figure.axes]
+    figure.set_layout_engine("none")
+    for axes, place in zip(figure.axes, places):
+        axes.set_position([round(value, 5) for value in place], which="original")
+
+
 def save(figure: Figure, folder: Path, name: str, results: Results) -> None:
     """PNG and SVG that are the same bytes whenever the same summary is drawn."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"Title": name, "Description": f"{figure.get_label()} Summary sha256 {results.hash}."}
     with matplotlib.rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png", dpi=DPI, metadata={**about, "Software": None})
-        figure.savefig(folder / f"{name}.svg", metadata={**about, "Date": None, "Creator": None})
+        settle(figure)
+        for ending, unsaid in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=ending, dpi=DPI, metadata={**about, **unsaid})
+            write_bytes(folder / f"{name}.{ending}", buffer.getvalue())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dmsae_lib.atomic import write_text
 from dmsae_lib.plot_style import ARMS, SINGLE, SMALL, finish, new_figure, save, styled
 from dmsae_lib.plots_distill import core_share, heatmap, origins, training
 from dmsae_lib.plots_retrain import controls, quality, saebench
@@ -63,5 +64,5 @@ def draw_all(results_folder: Path, figures_folder: Path) -> list[Path]:
             save(figure, figures_folder, name, results)
             drawn.append(figures_folder / f"{name}.png")
             page += [f"![{name}]({name}.png)", "", f"**{name}.** {figure.get_label()}", ""]
-    (figures_folder / "README.md").write_text("\n".join(page), encoding="utf-8")
+    write_text(figures_folder / "README.md", "\n".join(page))
     return drawn

@@ -6,6 +6,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from dmsae_lib.atomic import write_text
+from dmsae_lib.results import Results
+
 BEGIN, END = "<!-- results: written by `make publish` -->", "<!-- end of results -->"
 Row = dict[str, Any]
 
@@ -38,9 +41,9 @@ def _retrained(summary: Row) -> list[str]:
     return lines
 
 
-def results_block(summary: Row, base_model: Row | None) -> str:
-    """Markdown of the main numbers of one published run."""
-    hardware, seconds = summary["provenance"]["hardware"], summary["provenance"]["seconds"]
+def results_block(summary: Row, made: Row, base_model: Row | None) -> str:
+    """Markdown of the main numbers of one published run; ``made``: how its stages were made, from provenance.json."""
+    hardware, seconds = made["hardware"], made["seconds"]
     lines = [BEGIN, ""]
     if base_model:
         nats, bits = base_model["nats_per_token"], base_model["bits_per_byte"]
@@ -70,9 +73,10 @@ def results_block(summary: Row, base_model: Row | None) -> str:
 
 def current_block(root: Path) -> str:
     """The block that results/default and results/base_model give now."""
-    summary = json.loads((root / "results" / "default" / "summary.json").read_text(encoding="utf-8"))
+    results = Results(root / "results" / "default")
     record = root / "results" / "base_model" / "base_model.json"
-    return results_block(summary, json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None)
+    base_model = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    return results_block(results.summary, results.made, base_model)
 
 
 def update_readme(root: Path) -> None:
@@ -80,4 +84,4 @@ def update_readme(root: Path) -> None:
     path = root / "README.md"
     text = path.read_text(encoding="utf-8")
     new = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: current_block(root), text, flags=re.DOTALL)
-    path.write_text(new, encoding="utf-8")
+    write_text(path, new)

@@ -4,13 +4,12 @@
 """
 
 import csv
-import hashlib
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dmsae_lib.artifacts import UserError
+from dmsae_lib.artifacts import ArtifactError, UserError, load
 
 Row = dict[str, Any]
 
@@ -66,7 +65,8 @@ def validate(summary: Row) -> None:
 class Results:
     """A published results folder: summary.json (validated), its sha256, and the files beside it.
 
-    Raises UserError where the summary is missing or broken.
+    ``made`` says how the stages were made: {commits, versions, hardware, seconds}. Raises UserError where the summary is
+    missing, or any file beside it is not as it was published.
     """
 
     def __init__(self, folder: Path):
@@ -74,13 +74,15 @@ class Results:
         path = self.folder / "summary.json"
         if not path.is_file():
             raise UserError(f"There is no {path}: run `make reproduce`, then `make publish`.")
-        raw = path.read_bytes()
-        self.hash = hashlib.sha256(raw).hexdigest()
         try:
-            self.summary: Row = json.loads(raw)
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}): run `make publish` to write it again.") from error
+            published = load(self.folder, "summary")
+        except ArtifactError as error:
+            mended = "make mend" in error.remedy  # it lies in a run's folder
+            raise ArtifactError(error.what, error.remedy if mended else "run `make publish` to write it again") from error
+        self.hash = published.files["summary.json"]
+        self.summary: Row = published.json("summary.json")
         validate(self.summary)
+        self.made: Row = published.provenance["stages"]
 
     def table(self, name: str) -> list[dict[str, str]]:
         """The rows of a CSV file beside the summary; raises UserError where it is missing."""

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from dmsae_lib.artifacts import ArtifactError, UserError, explain_os_errors, repository_root, write_json
+from dmsae_lib.atomic import write_text
 
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # jsonschema's grammar for IRIs: 1.4 s to load
 
@@ -28,6 +29,10 @@ import nbformat  # noqa: E402
 START_TIMEOUT = 120  # seconds until the kernel answers
 CELL_TIMEOUT = 24 * 3600  # seconds for one cell: a guard against a hanging kernel, not a budget
 HEADLINE = 110  # characters of it that are shown
+OUT_OF_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|can't allocate memory|Cannot allocate memory|bad_alloc")
+LOWER = {"01": "model.batch_rows, or set data.store to stream", "02": "training.batch_size or sae.d_sae",
+         "03": "model.batch_rows", "05": "training.batch_size or sae.d_sae", "06": "threads or saebench.core_rows",
+         "09": "training.batch_size or sae.d_sae"}  # what takes the memory, by notebook
 
 
 def parameters_of(notebook: Any, name: str) -> dict[str, Any]:
@@ -90,19 +95,24 @@ def headline(notebook: Any) -> str:
     return printed[-1].splitlines()[-1][:HEADLINE] if printed else ""
 
 
-def _explain(error: Exception, stage: str, failed: Path) -> str:
-    """One sentence for whatever went wrong inside the notebook."""
+def _explain(error: Exception, notebook: str, stage: str, failed: Path) -> str:
+    """One sentence for whatever went wrong inside ``notebook``."""
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    lower = f"lower {LOWER[notebook[:2]]}, or run" if notebook[:2] in LOWER else "run"
+    kept = f"{lower} it with more memory; what was finished, the last checkpoint too, is kept"
     if isinstance(error, PapermillExecutionError):
         message = re.sub(r"\s+", " ", str(error.evalue)).strip()
         if error.ename in (UserError.__name__, ArtifactError.__name__):
             return f"{stage}: {message}"
+        if OUT_OF_MEMORY.search(f"{error.ename}: {message}"):
+            asked = re.search(r"tried to allocate [\d.]+ \w+", message, flags=re.IGNORECASE)
+            return f"{stage}: the memory did not suffice{f' ({asked[0].lower()})' if asked else ''}: {kept}."
         print(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), file=sys.stderr)
         message = f"{error.ename}: {message}"
     elif isinstance(error, DeadKernelError):
-        message = "the notebook's process was killed, most likely for want of memory"
+        message = f"the notebook's process was killed, most likely for want of memory: {kept}"
     elif isinstance(error, CellTimeoutError):
         message = "a cell ran into the time limit; raise it with TIMEOUT=seconds"
     else:
@@ -140,15 +150,15 @@ def run_notebook(source: Path, output: Path, given: dict[str, str], target: Path
                 raise  # the disk is full, for instance
             if running.exists():
                 os.replace(running, failed)
-            raise UserError(_explain(error, stage, failed)) from error
+            raise UserError(_explain(error, source.stem, stage, failed)) from error
         if target and not target.is_file():
             os.replace(running, failed)
             raise UserError(f"{stage}: the notebook ended without writing {target.parent}; see {failed}")
         if target and target.stat().st_mtime < started:
             os.utime(target)  # the stage found its artefact finished: it is up to date from now on
         clean(done, root)
-        nbformat.write(done, running)
-        os.replace(running, output)
+        write_text(output, f"{nbformat.writes(done)}\n")
+        running.unlink()
         write_json(output.with_suffix(".json"), {"seconds": round(time.time() - started, 1)})
         failed.unlink(missing_ok=True)
     return headline(done)

@@ -29,6 +29,7 @@ def prepare(threads: int) -> None:
     keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # sae_probes would unpickle whatever its cache holds
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # our code reads no uninitialised memory

@@ -230,11 +230,11 @@ class Sizing:
 
 def published(results: Results) -> dict[str, Any]:
     """What a published run measured: ``seconds`` and ``processes`` by kind of stage, ``hardware`` and ``threads``."""
-    record = results.summary["provenance"]
+    record = results.made
     processes: dict[str, int] = {}
     for path in (results.folder / "notebooks").glob("*.ipynb"):
         words = path.stem.split("_")  # cycle_3_train, chain_x_cycle_3_train, learning_rate, retrain_k64 ...
         kind = words[-1] if "cycle" in words else "learning_rate" if words[0] == "learning" else words[0]
         processes[kind] = processes.get(kind, 0) + 1
-    return {"seconds": record["seconds"], "hardware": record["hardware"], "threads": record["threads"],
+    return {"seconds": record["seconds"], "hardware": record["hardware"], "threads": results.summary["inputs"]["threads"],
             "processes": {kind: processes.get(kind, 0) for kind in record["seconds"]}}

@@ -1,7 +1,8 @@
 """The summary of a run: every stage's own JSON put together, claims judged, tables written.
 
 ``runs/<run>/summary/`` is an artefact with summary.json (``summary.schema.json`` says what is in it), the same rows as
-CSV, the training histories and core_lineage.json. Figures are drawn from these files alone.
+CSV, the training histories and core_lineage.json. Figures are drawn from these files alone. How long it took, where and
+with which code is in provenance.json beside them.
 """
 
 import json
@@ -13,12 +14,11 @@ from dmsae_lib.artifacts import Artifact, ArtifactError, load, write
 from dmsae_lib.claims import judge
 from dmsae_lib.config import Run
 from dmsae_lib.core import READINGS, load_core, reading_members
-from dmsae_lib.provenance import code_state
 from dmsae_lib.results import validate
 from dmsae_lib.reviewers import answers
 
 Row = dict[str, Any]
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DIGITS = 6  # significant digits kept: beyond float32's own precision there is nothing to read
 WIDTH = 160  # columns of summary.json
 CYCLE_POINTS, RETRAIN_POINTS = 150, 20  # rows kept of each training history
@@ -139,15 +139,18 @@ def lineage(stages: Stages) -> Row:
             "cycles": [{"cycle": core["cycle"], "ids": [latent["id"] for latent in core["latents"]]} for core in cores]}
 
 
-def _provenance(stages: Stages, harvest: Row) -> Row:
+def _inputs(stages: Stages, harvest: Row) -> Row:
     config = stages.run.config
-    here, made = code_state(stages.run.root), stages.cycle(0)[0].provenance
-    commits = {artifact.provenance["commit"] for _, artifact in stages.opened.values()}
-    return {"commit": here["commit"], "dirty": here["dirty"], "stage_commits": sorted(c for c in commits if c),
-            "config_hash": config.hash, "seed": config.seed,
+    return {"config_hash": config.hash, "seed": config.seed, "threads": config.threads,
             "model": {"name": harvest["model"]["name"], "hash": harvest["model"]["hash"]},
-            "data": {"source": harvest["data"]["source"], "hash": harvest["data"]["hash"]},
-            "versions": made["versions"], "hardware": made["hardware"], "threads": config.threads,
+            "data": {"source": harvest["data"]["source"], "hash": harvest["data"]["hash"]}}
+
+
+def _made(stages: Stages) -> Row:
+    """How the stages were made, for provenance.json: what may differ between two runs that found the same."""
+    first = stages.cycle(0)[0].provenance
+    commits = {artifact.provenance["commit"] for _, artifact in stages.opened.values()}
+    return {"commits": sorted(c for c in commits if c), "versions": first["versions"], "hardware": first["hardware"],
             "seconds": stages.seconds()}
 
 
@@ -171,7 +174,7 @@ def _summarise(stages: Stages) -> Row:
                            "cycles": cycle_rows(stages, chain.name)}
               for chain in config.distill.chains}
     summary = readable({
-        "schema_version": SCHEMA_VERSION, "config": config.name, "provenance": _provenance(stages, harvest),
+        "schema_version": SCHEMA_VERSION, "config": config.name, "inputs": _inputs(stages, harvest),
         "sizes": {"d_in": harvest["model"]["d_model"], "d_sae": config.sae.d_sae, "k": config.training.k,
                   "prefixes": first_sae["prefixes"], "n_cycles": last, "tokens_per_cycle": config.data.train_tokens,
                   "batch_size": config.training.batch_size, "coverage": config.distill.coverage,
@@ -248,6 +251,7 @@ def write_summary(run: Run, more: dict[str, Any] | None = None) -> Path:
     folder = run.folder / "summary"
     parents = {path.relative_to(run.folder).as_posix(): artifact.hash for path, (_, artifact) in stages.opened.items()}
     with write(folder, "summary", parents) as writer:
+        writer.circumstances["stages"] = _made(stages)
         texts = {"summary.json": summary, "core_lineage.json": lineage(stages), **(more or {})}
         for name, content in readable(texts).items():
             writer.path(name).write_text(laid_out(content) + "\n", encoding="utf-8")

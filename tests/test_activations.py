@@ -3,8 +3,11 @@
 The model here marks its tokens: every usable position of the text has its own id, which can be read off the residual.
 """
 
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +15,21 @@ import pytest
 import torch
 
 from dmsae_lib import activations
-from dmsae_lib.activations import StoredActivations, StreamedActivations, first_contexts, harvest, tokens_hash, usable_count
+from dmsae_lib.activations import (
+    StoredActivations,
+    StreamedActivations,
+    first_contexts,
+    harvest,
+    load_split,
+    tokens_hash,
+    usable_count,
+)
 from dmsae_lib.artifacts import UserError, load, write
 from dmsae_lib.config import DataConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ROOT = Path(__file__).parents[1]
 BOS, JUNK, CONTEXT, ROWS = 0, 4000, 8, 30
 LOUD = (17, 60, 61, 140)  # ids whose residual is an outlier
 
@@ -124,7 +136,7 @@ def test_record(tmp_path):
     assert record["scale"] == pytest.approx(float(x.square().sum(1).mean().sqrt()), rel=1e-6)
     norms = MarkingModel().lower(torch.tensor(ALL)).norm(dim=1)
     assert record["median_norm"] == pytest.approx(float(norms.median()), rel=1e-6)
-    assert record["shards"] == len(list(artifact.folder.glob("shard_*.npy")))
+    assert record["shards"] == len(list(artifact.folder.glob("shard_*.safetensors")))
 
 
 def test_mean_squared_norm_is_one(stored):
@@ -144,9 +156,62 @@ def test_outliers_are_left_out_and_counted(small_shards, tmp_path):
 def test_bfloat16_shards(small_shards, tmp_path):
     artifact, record = harvested(tmp_path / "harvest", len(ALL), MarkingModel(dtype="bfloat16"))
     source = StoredActivations(artifact, record["scale"])
-    assert source.shards[0].dtype == np.int16
+    assert {shard.dtype for shard in source.shards} == {torch.bfloat16}
+    assert artifact.path("shard_0000.safetensors").stat().st_size < 2 * 4 * 40 + 200  # two bytes a number, and a header
     x = source.rows(torch.arange(len(ALL)))
     assert x.dtype == torch.float32 and ids_of(x, record["scale"]) == ALL
+
+
+def test_tokens_are_read_as_they_were_written(tmp_path):
+    artifact, _ = harvested(tmp_path / "harvest", 100)
+    for name, split in (("train", make_split()), ("select", make_split(2))):
+        found = load_split(artifact, name)
+        assert set(found) == {"tokens", "lengths"}
+        assert all(found[part].dtype == np.int32 and np.array_equal(found[part], split[part]) for part in split)
+    assert {path.suffix for path in artifact.folder.iterdir()} == {".safetensors", ".json"}
+
+
+def test_what_is_not_asked_for_is_not_read(tmp_path):
+    """Memory that maps a file counts as resident once it was touched: a few rows of 96 MiB touch a few pages."""
+    with write(tmp_path / "harvest", "harvest") as writer:
+        for shard in range(2):
+            writer.tensors(f"shard_{shard:04d}.safetensors", {"x": torch.ones(3 * 2**15, 128)})
+    code = (
+        "import re, sys, torch; from dmsae_lib.activations import StoredActivations; from dmsae_lib.artifacts import load\n"
+        "resident = lambda: sum(int(n) for n in re.findall(r'Rss(?:File|Anon):\\s+(\\d+)', open('/proc/self/status').read()))\n"
+        "artifact = load(sys.argv[1], 'harvest'); before = resident()\n"
+        "x = StoredActivations(artifact, 1.0).rows(torch.arange(0, 6 * 2**15, 2**15)); mapped = resident()\n"
+        "torch.ones(6 * 2**15, 128).sum(); print(mapped - before, len(x), float(x.sum()))"
+    )
+    said = subprocess.run([sys.executable, "-c", code, tmp_path / "harvest"], capture_output=True, text=True, cwd=ROOT)
+    grown, rows, total = said.stdout.split()
+    assert (int(rows), float(total)) == (6, 6 * 128) and int(grown) < 20_000, said  # KiB
+
+
+@pytest.mark.parametrize("store", ["disk", "stream"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_residual_that_is_no_number_is_named_and_nothing_is_written(store, bad, tmp_path):
+    class Broken(MarkingModel):
+        def lower(self, tokens):
+            return super().lower(tokens).masked_fill((tokens == ALL[50])[..., None], bad)
+
+    row = next(i for i, tokens in enumerate(make_split()["tokens"]) if ALL[50] in tokens)
+    first = row // 4 * 4
+    with pytest.raises(UserError, match=f"of the train split, contexts {first} to {first + 3} hold NaN or Inf at 1 of "):
+        harvested(tmp_path / "harvest", len(ALL), Broken(), store=store)
+    assert list(tmp_path.iterdir()) == []
+    source = StreamedActivations(Broken(), make_split(), settings(1, buffer_rows=7), 2.0, limit=1000.0)
+    with pytest.raises(UserError, match="of the train split hold NaN or Inf at 1 of "):
+        take(source, 18)
+
+
+def test_a_loss_that_is_no_number_is_an_error(tmp_path):
+    class Broken(MarkingModel):
+        def upper(self, tokens, resid):
+            return super().upper(tokens, resid) * float("nan")
+
+    with pytest.raises(UserError, match="loss on the test split is nan.*model.dtype"):
+        harvested(tmp_path / "harvest", 100, Broken())
 
 
 def test_nothing_is_stored_for_streaming(tmp_path):

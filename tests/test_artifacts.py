@@ -1,21 +1,20 @@
 """Artefacts: whole or not at all, every damage named, hashes that depend on content and parents alone."""
 
-import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from limits import file_size_limit, without_permission
 
-from dmsae_lib import artifacts
-from dmsae_lib.artifacts import ArtifactError, UserError, load, repository_root, write, write_json
+from dmsae_lib import artifacts, atomic
+from dmsae_lib.artifacts import ArtifactError, UserError, load, remove, repository_root, sweep, write, write_json
+from dmsae_lib.atomic import write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +24,7 @@ def make(folder: Path, value: float = 1.0, parents: dict[str, str] | None = None
         writer.json("metrics.json", {"value": value})
         writer.csv("history.csv", [{"step": 1, "loss": value}, {"step": 2, "loss": value / 2}])
         writer.tensors("sae.safetensors", {"rows": torch.full((3, 4), value), "columns": torch.eye(3).T})
-        np.save(writer.path("x.npy"), np.arange(5))
+        writer.path("x.txt").write_text("12345")
     return load(folder, "toy")
 
 
@@ -43,8 +42,8 @@ def test_what_was_written_is_read_again(made):
     assert made.csv("history.csv") == [{"step": "1", "loss": "1.0"}, {"step": "2", "loss": "0.5"}]
     tensors = made.tensors("sae.safetensors")
     assert torch.equal(tensors["rows"], torch.ones(3, 4)) and torch.equal(tensors["columns"], torch.eye(3))
-    assert np.load(made.path("x.npy")).tolist() == [0, 1, 2, 3, 4]
-    assert sorted(made.files) == ["history.csv", "metrics.json", "sae.safetensors", "x.npy"]
+    assert made.path("x.txt").read_text() == "12345"
+    assert sorted(made.files) == ["history.csv", "metrics.json", "sae.safetensors", "x.txt"]
     assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]
 
 
@@ -107,10 +106,26 @@ def flip(path: Path) -> None:
 
 
 def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 8)
+    os.truncate(path, path.stat().st_size - 3)
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "history.csv", "sae.safetensors", "x.npy", "manifest.json"])
+def test_two_writers_of_one_artefact_do_not_meet(made):
+    with write(made.folder, "toy") as writer:
+        writer.json("metrics.json", {"value": 2.0})
+        with pytest.raises(UserError, match="is being written by another process: wait"), write(made.folder, "toy"):
+            raise AssertionError
+    assert value_of(made.folder) == 2.0
+    assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]
+
+
+def test_names_stay_inside_the_artefact(tmp_path):
+    for name in ("../x.json", "/x.json", "a/x.json", ".."):
+        with pytest.raises(UserError, match="cannot be the name of a file"), write(tmp_path / "a", "toy") as writer:
+            writer.json(name, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "history.csv", "sae.safetensors", "x.txt", "manifest.json", "provenance.json"])
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 def test_every_damaged_file_is_detected_and_named(made, name, damage):
     damage(made.path(name))
@@ -125,7 +140,7 @@ def test_every_damaged_file_is_detected_and_named(made, name, damage):
 
 
 @pytest.mark.parametrize("edit", [
-    {"parents": {"core": "0" * 64}}, {"kind": "other"}, {"schema": 2}, {"hash": "0" * 64}, {"files": {}}, {"files": None},
+    {"parents": {"core": "0" * 64}}, {"kind": "other"}, {"schema": 3}, {"hash": "0" * 64}, {"files": {}}, {"files": None},
 ])  # fmt: skip
 def test_an_edited_manifest_is_detected(made, edit):
     path = made.path("manifest.json")
@@ -141,14 +156,34 @@ def test_a_manifest_that_is_none_is_one_sentence(made, text):
         load(made.folder, "toy")
 
 
-def test_unreadable_provenance_is_named(made):
-    truncate(made.path("provenance.json"))
-    with pytest.raises(ArtifactError, match="provenance.json cannot be read"):
-        _ = load(made.folder, "toy").provenance
+def test_white_space_counts_too(made):
+    for name in ("manifest.json", "provenance.json"):
+        text = made.path(name).read_text()
+        made.path(name).write_text(text.replace("\n", "\t", 1))
+        with pytest.raises(ArtifactError, match=f"damaged .{name} does not match its own hash"):
+            load(made.folder, "toy")
+        made.path(name).write_text(text)
+
+
+@pytest.mark.parametrize("name, named", [
+    ("default", "CONFIG=default"), ("default--12345678", "CONFIG=runs/default--12345678/config.yaml RUN=default--12345678")])
+def test_inside_a_run_the_message_says_what_to_type(tmp_path, name, named):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "default.yaml").touch()
+    made = make(tmp_path / "runs" / name / "cycle_0" / "sae")
+    (tmp_path / "runs" / name / "config.yaml").touch()
+    flip(made.path("metrics.json"))
+    with pytest.raises(ArtifactError) as caught:
+        load(made.folder, "toy", "stages STAGE=cycle_0_train")
+    assert str(caught.value).endswith(f"(metrics.json does not match its hash): run `make mend {named}`, which makes it again.")
+    remove(made.folder)
+    with pytest.raises(ArtifactError) as caught:
+        load(made.folder, "toy", "stages STAGE=cycle_0_train")
+    assert str(caught.value) == f"There is no toy artefact in {made.folder}: run `make stages STAGE=cycle_0_train {named}`."
 
 
 def test_another_kind_is_refused(made):
-    with pytest.raises(ArtifactError, match="holds a toy artefact, schema 1; a core artefact, schema 1, is needed"):
+    with pytest.raises(ArtifactError, match="holds a toy artefact, schema 2; a core artefact, schema 2, is needed"):
         load(made.folder, "core")
 
 
@@ -177,19 +212,8 @@ WAYS = {
     "json": lambda writer: writer.json("big.json", "x" * SIZE),
     "csv": lambda writer: writer.csv("big.csv", [{"text": "x" * SIZE}]),
     "safetensors": lambda writer: writer.tensors("big.safetensors", {"x": torch.zeros(SIZE // 4)}),
-    "numpy": lambda writer: np.save(writer.path("big.npy"), np.zeros(SIZE // 8)),
+    "a path": lambda writer: writer.path("big.txt").write_text("x" * SIZE),
 }
-
-
-@contextlib.contextmanager
-def file_size_limit(n_bytes: int):
-    """No file may grow above this; Python ignores the signal, so that the write fails with an error."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def assert_refused(folder: Path, way: str, reason: str) -> None:
@@ -202,8 +226,7 @@ def assert_refused(folder: Path, way: str, reason: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_file_size_limit_is_one_sentence_and_the_old_artefact_stays(made, way):
     with file_size_limit(SIZE // 4):
-        # numpy does not pass on why a write was short, and a disk is more often full than a limit set
-        assert_refused(made.folder, way, "the disk is full" if way == "numpy" else "the file size limit is reached")
+        assert_refused(made.folder, way, "the file size limit is reached")
     assert value_of(made.folder) == 1.0
     assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]
 
@@ -225,14 +248,73 @@ def test_a_read_only_file_system_is_one_sentence_also_for_root(small_disk):
     assert value_of(made.folder) == 1.0
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_one_sentence(made):
-    made.folder.parent.chmod(0o500)
-    try:
+    with without_permission(made.folder.parent):
         assert_refused(made.folder, "json", "there is no permission to write there")
+        with pytest.raises(UserError, match="there is no permission to write there"):
+            write_json(made.folder.parent / "x.json", 1)
         assert value_of(made.folder) == 1.0
-    finally:
-        made.folder.parent.chmod(0o700)
+    assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]
+
+
+# What killed processes leave behind
+
+
+def test_sweeping_keeps_what_counts_and_what_is_being_written(made, tmp_path):
+    make(tmp_path / "replaced", 5.0)
+    os.replace(tmp_path / "replaced", tmp_path / ".replaced.old")  # killed between two renames
+    make(tmp_path / ".an artefact.old")  # killed after both
+    for name in (".killed.writing", "..gone.checkpoint.removed", ".scratch-abc", "notebooks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half.json").touch()
+    for name in (".x.json.tmp", "notebooks/.harvest.running.ipynb", "notebooks/harvest.failed.ipynb", ".lock"):
+        (tmp_path / name).touch()
+    for name, parents in (("done", {"core": "a"}), (".done.checkpoint", {"core": "a"}), (".other.checkpoint", {}),
+                          ("changed", {"core": "b"}), (".changed.checkpoint", {"core": "c"})):  # fmt: skip
+        make(tmp_path / name, parents=parents)
+    with write(tmp_path / "living", "toy"):
+        sweep(tmp_path)
+        left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".changed.checkpoint", ".living.writing", ".lock", ".other.checkpoint", "an artefact", "changed", "done",
+                    "notebooks", "replaced"]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "notebooks").iterdir()) == ["half.json", "harvest.failed.ipynb"]
+    assert value_of(tmp_path / "replaced") == 5.0 and value_of(made.folder) == 1.0 and (tmp_path / "living").is_dir()
+
+
+def test_a_kill_while_deleting_leaves_no_half_artefact(made, monkeypatch):
+    def killed(path, *_, **__):
+        next(Path(path).glob("*.csv")).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove(made.folder)
+    monkeypatch.undo()
+    assert not made.folder.exists()
+    sweep(made.folder.parent)
+    assert list(made.folder.parent.iterdir()) == []
+
+
+def test_deleting_a_link_leaves_what_it_points_to(made, tmp_path):
+    (tmp_path / "link").symlink_to(made.folder)
+    remove(tmp_path / "link")
+    assert value_of(made.folder) == 1.0 and not (tmp_path / "link").exists()
+    (tmp_path / "link").symlink_to(made.folder)
+    make(tmp_path / "link", 3.0)
+    assert value_of(made.folder) == 1.0 and value_of(tmp_path / "link") == 3.0 and not (tmp_path / "link").is_symlink()
+
+
+def test_text_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "plan.mk"
+    write_text(path, "old")
+    with file_size_limit(2), pytest.raises(UserError, match="the file size limit is reached"):
+        write_text(path, "newer")
+    monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    child = os.fork()
+    if not child:
+        write_text(path, "newer")
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert path.read_text() == "old"
 
 
 @pytest.mark.parametrize("around", ["nothing", "another repository"])
@@ -245,7 +327,7 @@ def test_a_tree_without_git_history_has_no_commit(tmp_path, around):
     clone = tmp_path / "a clone"
     (clone / "configs").mkdir(parents=True)
     (clone / "dmsae_lib").mkdir()
-    for name in ("__init__.py", "artifacts.py", "provenance.py"):
+    for name in ("__init__.py", "artifacts.py", "atomic.py", "provenance.py"):
         shutil.copy(ROOT / "dmsae_lib" / name, clone / "dmsae_lib")
     code = ("from dmsae_lib.artifacts import repository_root; from dmsae_lib.provenance import code_state; "
             "print(code_state(repository_root()))")

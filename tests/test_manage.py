@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from clone import write_notebook
 
 from dmsae_lib import manage
-from dmsae_lib.artifacts import UserError, write
+from dmsae_lib.artifacts import UserError, sealed, sha256_file, write
+from dmsae_lib.atomic import json_text
 from dmsae_lib.config import Run
 from dmsae_lib.plan import stages, write_plan
 from dmsae_lib.run_lock import lock
@@ -29,7 +31,7 @@ def template(tmp_path_factory) -> Path:
     run = factory.build_run(root)
     write_plan(run)
     for stage in stages(run.config):
-        if stage.artefact.startswith(("saebench/k", "learning_rate")):  # nothing in them goes into the summary
+        if stage.artefact.startswith(("saebench/index", "learning_rate")):  # nothing in them goes into the summary
             with write(run.folder / stage.artefact, "synthetic"):
                 pass
         write_notebook(run.folder / "notebooks" / f"{stage.name}.ipynb", "1")
@@ -65,14 +67,14 @@ def states(run: Run) -> dict[str, str]:
 def test_status_gives_the_state_and_its_reason(run, capsys):
     assert set(states(run).values()) == {"present"}
     shutil.rmtree(run.folder / "cycle_3" / "core")
-    (run.folder / "notebooks" / "retrain_k24.ipynb").unlink()
+    (run.folder / "notebooks" / "retrain.ipynb").unlink()
     (run.folder / "params" / "harvest.json").write_text("{}")
     os.utime(run.root / "notebooks" / "06_saebench.ipynb", (3e9, 3e9))
     found = states(run)
     assert found["cycle_3_distill"] == "missing" and found["cycle_4_train"] == "stale: cycle_3/core is newer"
     assert found["harvest"] == "stale: parameters changed"
-    assert found["retrain_k24"] == "stale: its notebook did not run to the end"
-    assert found["saebench_k32"] == "stale: notebook changed" and found["cycle_0_train"] == "present"
+    assert found["retrain"] == "stale: its notebook did not run to the end"
+    assert found["saebench"] == "stale: notebook changed" and found["cycle_0_train"] == "present"
     before = sorted(run.folder.rglob("*"))
     manage.status(run)
     lines = capsys.readouterr().out.splitlines()
@@ -146,7 +148,7 @@ def test_publish_is_all_or_nothing(run, one_figure, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("dmsae_lib.plots.draw_all", lambda results, figures: (figures / "one.png").write_text("2"))
-        patch.setattr(manage.os, "replace", fourth_fails)
+        patch.setattr(os, "replace", fourth_fails)
         with pytest.raises(UserError, match="the disk is full"):
             manage.publish(run)
     assert moves[3] == run.root / "figures" / "synthetic" and published_files(run) == before
@@ -158,6 +160,10 @@ def test_publish_refuses_a_run_that_is_incomplete_damaged_or_of_another_name(run
         manage.publish(other)
     with pytest.raises(UserError, match="AS is '../x'"):
         manage.publish(run, "../x")
+    for action in (manage.publish, manage.figures):
+        for name in ("../../results/other", "..", "/tmp/x", ".hidden", "a/b", "x\n"):
+            with pytest.raises(UserError, match="use letters, digits"):
+                action(run, name)
     (run.folder / "summary" / "cycles.csv").write_text("broken")
     with pytest.raises(UserError, match="cycles.csv does not match its hash"):
         manage.publish(run)
@@ -180,6 +186,13 @@ def test_compare_passes_on_the_same_run_and_names_what_differs(run, one_figure, 
     summary["claims"]["C1"]["verdict"] = "holds" if summary["claims"]["C1"]["verdict"] != "holds" else "does not hold"
     summary["language_model"]["clean_loss"] += 1
     path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="results/synthetic is damaged .summary.json does not match its hash"):
+        manage.compare(run)
+    manifest = json.loads(path.with_name("manifest.json").read_text())
+    manifest["files"]["summary.json"] = sha256_file(path)
+    del manifest["hash"]
+    path.with_name("manifest.json").write_text(json_text(sealed(manifest)))
+    capsys.readouterr()
     assert manage.compare(run) == 1
     marked = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("<- differs")]
     assert marked == ["language_model.clean_loss", "claims.C1"]
@@ -195,6 +208,66 @@ def test_clean_names_what_it_removes_and_touches_nothing_else(run, one_figure, c
     assert published_files(run) == before
     manage.clean(run)
     assert capsys.readouterr().out == "there is no runs/synthetic: nothing to remove\n"
+
+
+def test_mend_removes_what_is_damaged_and_its_stages_are_made_again(run, capsys):
+    manage.mend(run)
+    said = capsys.readouterr().out
+    assert said.endswith("artefacts checked, 0 of them damaged and removed\n") and set(states(run).values()) == {"present"}
+    (run.folder / "cycle_3" / "core" / "core.json").write_text("broken")
+    (run.folder / "retrain" / "k32" / "none-seed1" / "manifest.json").write_text("{}")
+    with write(run.folder / "cycle_1" / ".sae.checkpoint", "checkpoint") as writer:
+        writer.json("state.json", {})
+    (run.folder / "cycle_1" / ".sae.checkpoint" / "state.json").unlink()
+    (run.folder / ".half.json.tmp").touch()
+    manage.mend(run)
+    said = capsys.readouterr().out
+    assert "cycle_3/core is damaged (core.json does not match its hash): removed" in said
+    assert "none-seed1 is damaged (manifest.json cannot be read): removed" in said and "3 of them damaged" in said
+    assert not any((run.folder / name).exists() for name in ("cycle_3/core", "retrain/k32/none-seed1", ".half.json.tmp"))
+    found = states(run)
+    assert found["cycle_3_distill"] == "missing" and found["cycle_3_train"] == found["cycle_1_train"] == "present"
+    assert all(state != "present" for name, state in found.items() if name.startswith("retrain"))
+    manage.mend(run)
+    assert "0 of them damaged" in capsys.readouterr().out
+
+
+def test_clean_of_a_link_leaves_what_it_points_to(run, tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    os.replace(run.folder, elsewhere)
+    run.folder.symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    manage.clean(run)
+    assert "is a link to" in capsys.readouterr().out and not run.folder.is_symlink()
+    assert set(before) <= set(elsewhere.rglob("*"))
+
+
+def test_a_killed_publish_loses_nothing(run, one_figure, monkeypatch):
+    """Killed between any two of the renames: the next one finds the published folders again."""
+    manage.publish(run)
+    before = published_files(run)
+    (run.root / "results" / "synthetic" / "kept").touch()
+    move = os.replace
+    for fatal in range(1, 5):
+        moves = []
+
+        def killed(old: Path, new: Path, moves=moves, fatal=fatal) -> None:
+            moves.append(new)
+            if len(moves) >= fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            move(old, new)
+
+        child = os.fork()
+        if not child:
+            os.replace = killed
+            manage.publish(run)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        with monkeypatch.context() as patch:
+            patch.setattr("dmsae_lib.plots.draw_all", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                manage.publish(run)
+        assert (run.root / "results" / "synthetic" / "kept").exists()
+        assert {name: text for name, text in published_files(run).items() if not name.endswith("kept")} == before
 
 
 def test_clean_and_publish_leave_a_run_alone_that_is_being_computed(run):

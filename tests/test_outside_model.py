@@ -58,7 +58,7 @@ def test_outside_model_by_every_stage(test_model, run_name):
     assert (harvest["model"]["d_model"], harvest["model"]["n_layers"]) == (width, config["num_hidden_layers"])
     assert harvest["clean_loss"] < 0.7 * harvest["zero_loss"]  # a model that knows something about this text
     summary = json.loads((run.folder / "summary" / "summary.json").read_text())
-    assert summary["provenance"]["model"]["name"] == str(test_model) and summary["sizes"]["d_in"] == width
+    assert summary["inputs"]["model"]["name"] == str(test_model) and summary["sizes"]["d_in"] == width
     assert [row["cycle"] for row in summary["cycles"]] == [0, 1] and summary["final_core"]["size"] > 0
     assert {row["core"] for row in summary["retrain"]} == {"none", "distilled", "random"}
     for row in summary["retrain"]:

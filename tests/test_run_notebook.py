@@ -5,10 +5,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from clone import make, make_clone, planned, write_notebook
+from papermill.exceptions import PapermillExecutionError
 
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.run_notebook import check_parameters, parameters_of, run_notebook
+from dmsae_lib.run_notebook import OUT_OF_MEMORY, _explain, check_parameters, parameters_of, run_notebook
 
 ARTEFACT = """
 import json, pathlib
@@ -115,4 +117,25 @@ def test_a_hanging_cell_and_a_killed_kernel_are_named(clone):
     write_notebook(clone / "notebooks" / "01_harvest.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     ended = make(clone, "stages", "STAGE=harvest")
     assert "error: harvest: the notebook's process was killed" in ended.stderr
+    assert "lower model.batch_rows, or set data.store to stream, or run it with more memory" in ended.stderr
     assert (clone / "runs" / "toy" / "notebooks" / "harvest.failed.ipynb").is_file()
+
+
+@pytest.mark.parametrize("kind, text, said", [
+    ("MemoryError", "", "cycle_0: the memory did not suffice: lower training.batch_size or sae.d_sae, or run it"),
+    ("RuntimeError", "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+     "to allocate 4503599627370496 bytes. Error code 12", "did not suffice (tried to allocate 4503599627370496 bytes): lower"),
+    ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has", "(tried to allocate 2.00 gib): lower"),
+    ("OSError", "[Errno 12] Cannot allocate memory", "did not suffice: lower training.batch_size"),
+])  # fmt: skip
+def test_want_of_memory_is_one_sentence(kind, text, said, capsys):
+    error = PapermillExecutionError(cell_index=1, exec_count=1, source="", ename=kind, evalue=text, traceback=["long"])
+    sentence = _explain(error, "02_train_cycle", "cycle_0", Path("x.failed.ipynb"))
+    assert said in sentence and sentence.endswith("what was finished, the last checkpoint too, is kept.")
+    assert capsys.readouterr().err == ""
+
+
+def test_torch_says_so_in_these_words():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert OUT_OF_MEMORY.search(str(caught.value))

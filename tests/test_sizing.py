@@ -4,7 +4,6 @@ import json
 import struct
 
 import factory
-import numpy as np
 import pytest
 import torch
 import toy_sae
@@ -164,8 +163,8 @@ def test_the_shards_are_those_that_harvesting_leaves(tmp_path, tiny_llama, rando
         activations.harvest(writer, LanguageModel(small), {name: random_split(200) for name in ("train", "select", "test")},
                             config.data)
     shape = shape_of(str(tiny_llama.folder))
-    shards = (tmp_path / "harvest").glob("shard_*.npy")
-    assert sum(np.load(path).nbytes for path in shards) == Sizing(config, shape, CPU, PILE, 10).shards
+    shards = activations.StoredActivations(artifacts.load(tmp_path / "harvest", "harvest"), 1.0).shards
+    assert sum(shard.nbytes for shard in shards) == Sizing(config, shape, CPU, PILE, 10).shards
 
 
 def gemma(machine: Machine = GPU, overrides=()) -> Sizing:

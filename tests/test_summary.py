@@ -8,10 +8,11 @@ import shutil
 import factory
 import pytest
 
+from dmsae_lib import artifacts
 from dmsae_lib.artifacts import ArtifactError, UserError, load, write
 from dmsae_lib.config import Chain
 from dmsae_lib.results import TOLERANCES, Results, compare, validate
-from dmsae_lib.summary import laid_out, readable, summarise, write_summary
+from dmsae_lib.summary import Stages, laid_out, readable, summarise, write_summary
 
 SMALL = factory.config(cycles=2, ks=(48, 64), seeds=(0, 1), controls={"random": 2, "most_frequent": 1})
 
@@ -140,7 +141,7 @@ def spoilt(path, value=None):
     (spoilt("cycles.0.L0.noncore", 3), "noncore"), (spoilt("cycles.3"), "one row per cycle, 0 to 7"),
     (spoilt("cycles.2.origins.0", 1), "core_out in cycle 2"), (spoilt("retrain.0.core", "destilled"), "destilled"),
     (spoilt("retrain.0.seed", 1), "same k, core and seed"), (spoilt("retrain.0.L0.total", 10.0), "not the sum"),
-    (spoilt("provenance.seconds.train", "2 s"), "seconds"), (spoilt("reviewers.R4"), "R4"),
+    (spoilt("inputs.threads", "2"), "threads"), (spoilt("reviewers.R4"), "R4"),
     (spoilt("claims.C4.interval", [0.1]), "interval"), (spoilt("sizes.n_cycles", 0), "n_cycles")])
 def test_schema_refuses(summary, spoil, message):
     broken = copy.deepcopy(summary)
@@ -172,13 +173,40 @@ def test_compare_finds_changed_numbers_verdicts_and_rows(summary):
     assert rows[f"{place}.fvu"]["fresh"] is None
 
 
-@pytest.mark.parametrize("text, message", [
-    (None, "make reproduce"), ("{", "not valid JSON"), ("{}", "does not follow its schema")])
-def test_broken_results_are_one_sentence(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "summary.json").write_text(text)
+def test_when_where_and_how_fast_it_was_made_is_not_in_the_summary(small, monkeypatch):
+    folder = write_summary(small)
+    before = load(folder, "summary")
+    texts = {name: (folder / name).read_bytes() for name in [*before.files, "manifest.json"]}
+    monkeypatch.setattr(Stages, "seconds", lambda _: {"train": 99.0})
+    monkeypatch.setattr(artifacts, "provenance", lambda *_: {"commit": "another", "created": "1999"})
+    write_summary(small)
+    again = load(folder, "summary")
+    assert again.hash == before.hash and texts == {name: (folder / name).read_bytes() for name in texts}
+    assert again.provenance["stages"]["seconds"] == Results(folder).made["seconds"] == {"train": 99.0}
+    assert again.provenance["commit"] == "another" != before.provenance["commit"]
+    assert Results(folder).made["versions"] == before.provenance["versions"]
+
+
+def no_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def another_content(folder):
+    with write(folder, "summary") as writer:
+        writer.json("summary.json", {})
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (shutil.rmtree, "There is no .*summary.json: run `make reproduce`"), (no_manifest, "no summary artefact .*`make publish`"),
+    (lambda folder: (folder / "summary.json").write_text("{"), "summary.json does not match its hash.*: run `make publish`"),
+    (lambda folder: (folder / "cycles.csv").unlink(), "cycles.csv is missing.: run `make publish` to write it again"),
+    (another_content, "does not follow its schema")])  # fmt: skip
+def test_broken_results_are_one_sentence(small, tmp_path, spoil, message):
+    folder = tmp_path / "published"
+    shutil.copytree(write_summary(small), folder)
+    spoil(folder)
     with pytest.raises(UserError, match=message) as caught:
-        Results(tmp_path)
+        Results(folder)
     assert "\n" not in str(caught.value)
 
 
