@@ -3,17 +3,21 @@
 import json
 import random
 import socket
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import BOS, save_model
 
-from dmsae_lib import saebench
-from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import ModelConfig
+from dmsae_lib import saebench, saebench_probing
+from dmsae_lib.artifacts import Artifact, UserError, load, write
+from dmsae_lib.config import ModelConfig, SaebenchConfig
+from dmsae_lib.corpus import PROBING_SETS
 from dmsae_lib.language_model import LanguageModel, usable_positions
-from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.sae import MatryoshkaSAE, save_sae
+from dmsae_lib.saebench_adapter import cache_name, undisturbed
+from dmsae_lib.workers import Workers
 
 SETS = ["145_disease_class_digestive system diseases", "105_click_bait"]  # 1052 and 2568 texts
 SHORT = "114_nyc_borough_Manhattan"  # 2000 texts, some of them longer than a context
@@ -26,6 +30,15 @@ def no_network(monkeypatch):
         raise AssertionError("SAEBench tried to reach the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+plain_residuals = saebench_probing._last_token_residuals  # whatever a test puts in its place
+
+
+def plain_activations(model: LanguageModel, name: str) -> np.ndarray:
+    from sae_probes.utils_data import read_numbered_dataset_df
+
+    return plain_residuals(model, read_numbered_dataset_df(name)["prompt"].tolist()).numpy()
 
 
 def load_model(folder, layer: int) -> LanguageModel:
@@ -119,6 +132,31 @@ def test_core_counts_every_row_once_whatever_the_batch(llama):
         assert saebench.run_core(sae, llama, tokens, batch_rows)["l0"] == pytest.approx(whole["l0"], rel=1e-6)
 
 
+@pytest.mark.parametrize("kept", [2**29, 400_000, 0])  # every batch, one of its two passes, none
+def test_passes_without_an_sae_are_shared_and_change_nothing(llama, monkeypatch, kept):
+    tokens = greedy_rows(llama)
+    batch = len(tokens) * CONTEXT * llama.bridge.cfg.d_vocab * 4
+    assert 2 * batch > 400_000 > 1.2 * batch
+    monkeypatch.setattr(saebench, "SHARED_BYTES", kept)
+    monkeypatch.setattr(saebench.SharedPasses, "known", WeakKeyDictionary())
+    saes = [core_sae(llama), identity_sae(llama.d_model)]
+    alone = []
+    for sae in saes:
+        saebench.SharedPasses.known.clear()
+        alone.append(saebench.run_core(sae, llama, tokens))
+    saebench.SharedPasses.known.clear()
+    full = []  # passes through the whole model
+    handle = llama.bridge.unembed.register_forward_hook(lambda *_: full.append(1))
+    try:
+        assert [saebench.run_core(sae, llama, tokens) for sae in (*saes, *saes)] == [*alone, *alone]
+    finally:
+        handle.remove()
+    assert len(full) == {2**29: 2 + 4, 400_000: 1 + 4 + 4, 0: 3 * 4}[kept]
+    other = greedy_rows(llama)
+    other[0, 1] += 1
+    assert saebench.run_core(saes[0], llama, other)["ce_loss_without_sae"] != alone[0]["ce_loss_without_sae"]
+
+
 def test_the_process_is_left_as_it_was(llama, tmp_path, planted):
     def state():
         sides = llama.tokenizer.padding_side, llama.tokenizer.truncation_side
@@ -130,15 +168,15 @@ def test_the_process_is_left_as_it_was(llama, tmp_path, planted):
     try:
         before = state()
         saebench.run_core(core_sae(llama), llama, greedy_rows(llama))
-        saebench.run_probing({"a": core_sae(llama)}, llama, SETS[:1], [1], tmp_path, seed=0)
-        saebench.probing_baselines(llama, SETS[:1], tmp_path, seed=0)
-        with saebench._undisturbed():  # some of sae_bench's evals do this
+        saebench_probing.run_probing(core_sae(llama), llama, SETS[:1], [1], tmp_path, seed=0)
+        saebench_probing.probing_baselines(Workers(llama), SETS[:1], tmp_path, seed=0)
+        with undisturbed():  # some of sae_bench's evals do this
             torch.set_grad_enabled(False)
             torch.rand(1), np.random.rand(), random.random()
         assert state() == before and torch.is_grad_enabled()
     finally:
         torch.set_num_threads(threads)
-    assert [path.name for path in tmp_path.iterdir()] == [f"model_activations_{saebench._cache_name(llama)}"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"model_activations_{cache_name(llama)}"]
 
 
 @pytest.fixture
@@ -158,7 +196,7 @@ def planted(monkeypatch, llama) -> torch.Tensor:
         x[:, 3] = x[:, 3] + 4 * y[:, 0]
         return x - (x @ direction)[:, None] * direction + (8 * y + torch.rand(y.shape, generator=generator)) * direction
 
-    monkeypatch.setattr(saebench, "_last_token_residuals", residuals)
+    monkeypatch.setattr(saebench_probing, "_last_token_residuals", residuals)
     return direction
 
 
@@ -182,9 +220,9 @@ def blind(sae: MatryoshkaSAE, direction: torch.Tensor) -> MatryoshkaSAE:
 
 
 def test_probing_finds_a_planted_latent_and_nothing_where_there_is_nothing(llama, tmp_path, planted):
-    saes = {"planted": probe_sae(llama.d_model, planted), "blind": blind(probe_sae(llama.d_model, None), planted)}
-    found = saebench.run_probing(saes, llama, SETS, [1, 5], tmp_path, seed=0, jobs=2)
-    assert list(found) == ["planted", "blind"]
+    seeing, blinded = probe_sae(llama.d_model, planted), blind(probe_sae(llama.d_model, None), planted)
+    found = {"planted": saebench_probing.run_probing(seeing, llama, SETS, [1, 5], tmp_path, seed=0),
+             "blind": saebench_probing.run_probing(blinded, llama, SETS, [1, 5], tmp_path, seed=0)}  # fmt: skip
     for scores in found.values():
         assert (scores["n_sets"], scores["ks"], list(scores["sets"])) == (2, [1, 5], SETS)
         for k in ("1", "5"):
@@ -193,21 +231,63 @@ def test_probing_finds_a_planted_latent_and_nothing_where_there_is_nothing(llama
                 assert scores["mean"][k][metric] == pytest.approx(average)
     assert found["planted"]["mean"]["1"]["accuracy"] > 0.99
     assert abs(found["blind"]["sets"][SETS[1]]["1"]["auc"] - 0.5) < 0.06  # 1543 test texts: standard error 0.015
-    alone = saebench.run_probing({"any name": saes["blind"]}, llama, SETS, [1, 5], tmp_path, seed=0)
-    assert alone["any name"] == found["blind"]  # neither names, nor company, nor threads decide the outcome
-    other = saebench.run_probing({"blind": saes["blind"]}, llama, SETS, [1, 5], tmp_path, seed=1)
-    assert other["blind"] != found["blind"]  # an old result of the same name is not taken up
+    other = saebench_probing.run_probing(blinded, llama, SETS, [1, 5], tmp_path, seed=1)
+    assert other != found["blind"]  # an old result of the same name is not taken up
+
+
+def save(folder, sae: MatryoshkaSAE) -> Artifact:
+    with write(folder, "sae") as writer:
+        save_sae(writer, sae, scale=1.0)
+    return load(folder, "sae")
+
+
+def test_neither_company_nor_processes_decide_a_score(llama, tmp_path, planted):
+    settings = SaebenchConfig(probing_sets=SETS, probing_ks=[1, 5])
+    bench = saebench.Bench(settings, greedy_rows(llama), tmp_path / "cache")
+    saes = {name: save(tmp_path / name, sae) for name, sae in (
+        ("planted", probe_sae(llama.d_model, planted)), ("blind", blind(probe_sae(llama.d_model, None), planted)))}  # fmt: skip
+    folders = {name: sae.folder for name, sae in saes.items()}
+    alone = {name: dict(saebench.score_all({name: folder}, bench, Workers(llama)))[name] for name, folder in folders.items()}
+    assert alone["planted"]["sparse_probing"]["mean"]["1"]["accuracy"] > 0.99
+    assert alone["blind"] != alone["planted"]
+    two = Workers(llama, 2)
+    try:
+        assert dict(saebench.score_all(folders, bench, two)) == alone
+        one = saebench_probing.probing_baselines(Workers(llama), SETS, bench.cache, seed=0)
+        assert saebench_probing.probing_baselines(two, SETS, bench.cache, seed=0) == one
+        ours = saebench_probing.prepare_probing(two, [SHORT, SETS[1]], tmp_path / "by two")  # not planted there
+    finally:
+        two.close()
+    for name in (SHORT, SETS[1]):
+        with undisturbed():
+            there = torch.load(ours.path(f"{name}_{llama.hook_name}.pt"))
+            assert torch.equal(there, torch.from_numpy(plain_activations(llama, name)))
+
+
+def test_scores_are_known_by_sae_and_settings(llama, tmp_path):
+    settings = SaebenchConfig(probing_sets=[])
+    sae, other = save(tmp_path / "a", core_sae(llama)), save(tmp_path / "b", core_sae(llama, seed=1))
+    bench = saebench.Bench(settings, greedy_rows(llama), tmp_path)
+    assert not saebench.is_scored(tmp_path / "scores", sae, settings)
+    scores = dict(saebench.score_all({"a": sae.folder}, bench, Workers(llama)))["a"]
+    assert scores["core_eval"] == saebench.run_core(core_sae(llama), llama, bench.rows) and scores["sparse_probing"] is None
+    with write(tmp_path / "scores", "scores") as writer:
+        writer.json("scores.json", {"sae": sae.hash, "settings": settings.model_dump()} | scores)
+    assert saebench.is_scored(tmp_path / "scores", sae, settings)
+    assert not saebench.is_scored(tmp_path / "scores", other, settings)
+    assert not saebench.is_scored(tmp_path / "scores", sae, SaebenchConfig(probing_sets=[], core_rows=3))
+    assert saebench.Bench(SaebenchConfig(), bench.rows, tmp_path).sets == list(PROBING_SETS)
 
 
 def test_baselines(llama, tmp_path, planted):
     from sae_probes import run_baseline_evals
 
-    found = saebench.probing_baselines(llama, SETS, tmp_path, seed=0, jobs=2)
+    found = saebench_probing.probing_baselines(Workers(llama), SETS, tmp_path, seed=0)
     bait = found["sets"][SETS[1]]
     assert (bait["n_train"], bait["n_test"], bait["channel"]) == (1024, 1543, 3)
     assert bait["dense"]["accuracy"] > 0.99 > bait["best_channel"]["accuracy"] > 0.9
     assert bait["majority"] == pytest.approx(0.5, abs=0.001) and set(found["mean"]) == {"dense", "best_channel", "majority"}
-    run_baseline_evals(model_name=saebench._cache_name(llama), hook_name=llama.hook_name, setting="normal", method="logreg",
+    run_baseline_evals(model_name=cache_name(llama), hook_name=llama.hook_name, setting="normal", method="logreg",
                        results_path=tmp_path / "theirs", model_cache_path=tmp_path, datasets=SETS[:1], device="cpu", seed=0)
     (file,) = (tmp_path / "theirs").rglob("*.json")
     assert json.loads(file.read_text())[0]["test_acc"] == found["sets"][SETS[0]]["dense"]["accuracy"]
@@ -216,7 +296,7 @@ def test_baselines(llama, tmp_path, planted):
 def test_activations_are_those_of_sae_probes_and_of_this_model_alone(model, llama, tmp_path):
     from sae_probes.generate_model_activations import ensure_dataset_activations
 
-    ours = saebench.prepare_probing(model, [SHORT], tmp_path)
+    ours = saebench_probing.prepare_probing(Workers(model), [SHORT], tmp_path)
     file = f"{SHORT}_{model.hook_name}.pt"
     made = ours.path(file).stat().st_mtime_ns
     ensure_dataset_activations("theirs", [SHORT], [model.hook_name], tmp_path, "cpu", CONTEXT, model=model.bridge)
@@ -224,10 +304,10 @@ def test_activations_are_those_of_sae_probes_and_of_this_model_alone(model, llam
     x = torch.load(ours.path(file))
     assert x.shape == (2000, model.d_model) and (x - theirs).abs().max() < 1e-4 * x.std()
     model.tokenizer.padding_side, model.tokenizer.truncation_side = "right", "right"  # sae_probes set them
-    assert saebench.prepare_probing(model, [SHORT], tmp_path).path(file).stat().st_mtime_ns == made
+    assert saebench_probing.prepare_probing(Workers(model), [SHORT], tmp_path).path(file).stat().st_mtime_ns == made
 
     retrained = load_model(save_model(tmp_path / "retrained", seed=1), layer=1)
-    other = saebench.prepare_probing(retrained, [SHORT], tmp_path)
+    other = saebench_probing.prepare_probing(Workers(retrained), [SHORT], tmp_path)
     assert other.folder != ours.folder and (torch.load(other.path(file)) - x).abs().max() > x.std()
     assert other.parents == {"model": retrained.hash}
 
@@ -236,7 +316,7 @@ def test_what_sae_bench_leaves_out_is_an_error(llama, tmp_path, planted, monkeyp
     from sae_bench.evals.sparse_probing_sae_probes import main
 
     real = main.run_eval
-    saes = {"a": probe_sae(llama.d_model, planted)}
+    sae = probe_sae(llama.d_model, planted)
 
     def forgetful(config, *rest):
         config.dataset_names = config.dataset_names[:1]
@@ -245,15 +325,15 @@ def test_what_sae_bench_leaves_out_is_an_error(llama, tmp_path, planted, monkeyp
     for broken in (lambda *_: {}, forgetful):
         monkeypatch.setattr(main, "run_eval", broken)
         with pytest.raises(RuntimeError, match="left something out"):
-            saebench.run_probing(saes, llama, SETS, [1], tmp_path, seed=0)
+            saebench_probing.run_probing(sae, llama, SETS, [1], tmp_path, seed=0)
 
 
 def test_bad_input_is_one_sentence(llama, tmp_path, planted):
     sae = probe_sae(llama.d_model, planted)
     with pytest.raises(UserError, match=r"saebench.probing_sets names 'no_such_set'"):
-        saebench.prepare_probing(llama, ["no_such_set"], tmp_path)
-    with pytest.raises(UserError, match=r"saebench.probing_ks is \[1, 11\]: the SAE a has 10 latents"):
-        saebench.run_probing({"a": sae}, llama, SETS, [1, 11], tmp_path, seed=0)
+        saebench_probing.prepare_probing(Workers(llama), ["no_such_set"], tmp_path)
+    with pytest.raises(UserError, match=r"saebench.probing_ks is \[1, 11\]: an SAE has 10 latents"):
+        saebench_probing.run_probing(sae, llama, SETS, [1, 11], tmp_path, seed=0)
     with pytest.raises(UserError, match="reads 8 channels"):
         saebench.run_core(identity_sae(8), llama, greedy_rows(llama))
     with pytest.raises(UserError, match="raise data.test_tokens"):

@@ -167,7 +167,7 @@ def test_the_shards_are_those_that_harvesting_leaves(tmp_path, tiny_llama, rando
     assert sum(shard.nbytes for shard in shards) == Sizing(config, shape, CPU, PILE, 10).shards
 
 
-def gemma(machine: Machine = GPU, overrides=()) -> Sizing:
+def gemma(machine: Machine = GPU, overrides=("training.together=64",)) -> Sizing:
     return Sizing(load_config("gemma-2-2b", list(overrides)), shape_of("google/gemma-2-2b"), machine, PILE, core=197)
 
 
