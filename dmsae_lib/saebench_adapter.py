@@ -1,0 +1,71 @@
+"""Our SAEs and models as sae_bench wants them, and its side effects kept away from the rest of the process."""
+
+import contextlib
+import io
+import random
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmsae_lib.artifacts import UserError
+from dmsae_lib.language_model import LanguageModel
+from dmsae_lib.sae import MatryoshkaSAE
+
+
+class Adapter(nn.Module):
+    """A MatryoshkaSAE, for unnormalised activations, with the attributes that sae_bench asks of an SAE."""
+
+    def __init__(self, sae: MatryoshkaSAE, model: LanguageModel):
+        from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
+
+        super().__init__()
+        if sae.d_in != model.d_model:
+            raise UserError(f"The SAE reads {sae.d_in} channels but {model.config.name} has {model.d_model} at "
+                            f"{model.hook_name}: score it with the model that it was trained on.")
+        self.sae = sae.to(model.device)
+        self.device, self.dtype = torch.device(model.device), sae.W_dec.dtype
+        self.cfg = CustomSAEConfig(
+            model_name=cache_name(model), d_in=sae.d_in, d_sae=sae.d_sae, hook_layer=model.layer,
+            hook_name=model.hook_name, context_size=model.config.context_size, architecture="matryoshka_batch_topk",
+            dtype=str(self.dtype).removeprefix("torch."), device=str(model.device),
+        )  # fmt: skip
+
+    W_enc = property(lambda self: self.sae.W_enc)
+    W_dec = property(lambda self: self.sae.W_dec)
+    b_enc = property(lambda self: self.sae.b_enc)
+    b_dec = property(lambda self: self.sae.b_dec)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.sae.encode(x.to(self.dtype))
+
+    def decode(self, f: Tensor) -> Tensor:
+        return self.sae.decode(f)
+
+
+def cache_name(model: LanguageModel) -> str:
+    """What decides a model's activations, apart from the hook: a retrained model never meets the old cache."""
+    return f"{model.name_by_content}-{model.config.dtype}-context{model.config.context_size}"
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """One numerical thread, sae_bench's output kept to ourselves, and all process-wide state put back afterwards."""
+    from threadpoolctl import threadpool_limits
+
+    grad, before = torch.is_grad_enabled(), torch.get_num_threads()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        with (threadpool_limits(1), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()),
+              contextlib.redirect_stderr(io.StringIO())):
+            warnings.simplefilter("ignore")
+            torch.set_num_threads(1)
+            yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_num_threads(before)
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

@@ -1,0 +1,142 @@
+"""SAEBench's sparse probing (sae_probes): how well k latents tell the classes of labelled texts apart, and baselines.
+
+sae_probes finds the model's activations already in its cache, so it looks for no model on the Hub.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmsae_lib.artifacts import Artifact, UserError, load, write
+from dmsae_lib.language_model import LanguageModel
+from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.saebench_adapter import Adapter, cache_name, undisturbed
+from dmsae_lib.workers import Workers
+
+METRICS = {"accuracy": "test_accuracy", "auc": "test_auc", "f1": "test_f1"}  # our names: those of sae_bench
+REGULARISER = "l1"  # sae_bench's default for the probes on latents
+LARGEST_TRAIN, SMALLEST_TEST = 1024, 100  # texts per set: sae_probes/run_baselines.py, generate_sae_activations.py
+
+
+def prepare_probing(workers: Workers, sets: Sequence[str], folder: Path) -> Artifact:
+    """The residual at each text's last token, in sae_probes' cache below ``folder``: made once, shared by all SAEs.
+
+    The same numbers as ``sae_probes.generate_model_activations.ensure_dataset_activations`` (BOS first, the start of
+    too long texts cut off), but every text is tokenised once and batches are of texts of like length.
+    """
+    model = workers.model
+    place = Path(folder) / f"model_activations_{cache_name(model)}"
+    files = {name: f"{name}_{model.hook_name}.pt" for name in sets}
+    if place.exists() and all((place / file).exists() for file in files.values()):
+        return load(place, "probing_activations")
+    with undisturbed():
+        from sae_probes.utils_data import get_numbered_binary_tags
+
+    if unknown := sorted(set(sets) - set(get_numbered_binary_tags())):
+        raise UserError(f"saebench.probing_sets names {unknown[0]!r}: the sae-probes wheel holds no such set; "
+                        "dmsae_lib.corpus.PROBING_SETS are those used by default.")
+    with write(place, "probing_activations", {"model": model.hash}) as writer:
+        for name, activations in workers.run(_activations, dict(zip(sets, sets))):
+            torch.save(torch.from_numpy(activations), writer.path(files[name]))
+    return load(place, "probing_activations")
+
+
+def _activations(model: LanguageModel, name: str) -> np.ndarray:
+    with undisturbed():
+        from sae_probes.utils_data import read_numbered_dataset_df
+
+        return _last_token_residuals(model, read_numbered_dataset_df(name)["prompt"].tolist()).numpy()
+
+
+def _last_token_residuals(model: LanguageModel, texts: list[str]) -> Tensor:
+    """(texts, d_model) float32 on the CPU: BOS, then at most context_size - 1 tokens from the end of the text."""
+    room = model.config.context_size - 1
+    rows = [[model.bos, *ids[-room:]] for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    found = torch.empty(len(rows), model.d_model)
+    budget = model.config.batch_rows * model.config.context_size  # tokens per forward pass
+    while order:
+        longest = len(rows[order[-1]])
+        batch, order = order[-(budget // longest):], order[: -(budget // longest)]
+        last = torch.tensor([len(rows[i]) - 1 for i in batch])
+        tokens = torch.tensor([rows[i] + [model.bos] * (longest - len(rows[i])) for i in batch])  # padded on the right:
+        found[batch] = model.lower(tokens.to(model.device))[range(len(batch)), last].cpu()  # no text sees its padding
+    return found
+
+
+def run_probing(sae: MatryoshkaSAE, model: LanguageModel, sets: Sequence[str], ks: Sequence[int], folder: Path,
+                seed: int) -> dict[str, Any]:  # fmt: skip
+    """sae_bench's sparse probing of an SAE: the k latents of largest mean difference, then a logistic probe.
+
+    Returns ``{"n_sets", "ks", "mean": {k: scores}, "sets": {set: {k: scores}}}`` with k as text and scores =
+    {accuracy, auc, f1 (weighted)} on the held-out texts. Model activations are cached in ``folder``; results never are,
+    because sae_probes takes up an old result of the same name.
+    """
+    if max(ks) > sae.d_sae:
+        raise UserError(f"saebench.probing_ks is {list(ks)}: an SAE has {sae.d_sae} latents; lower it.")
+    prepare_probing(Workers(model), sets, folder)
+    adapter = Adapter(sae, model)
+    with undisturbed(), tempfile.TemporaryDirectory() as scratch:
+        from sae_bench.evals.sparse_probing_sae_probes.main import SparseProbingSaeProbesEvalConfig, run_eval
+
+        config = SparseProbingSaeProbesEvalConfig(
+            model_name=adapter.cfg.model_name, random_seed=seed, dataset_names=list(sets), reg_type=REGULARISER,
+            ks=list(ks), results_path=f"{scratch}/probes", model_cache_path=str(folder), include_llm_baseline=False,
+        )  # fmt: skip
+        results = list(run_eval(config, [("dmsae", adapter)], str(adapter.device), f"{scratch}/results").values())
+    scores = {detail["dataset_name"]: detail["sae_metrics_by_k"] for result in results
+              for detail in result["eval_result_details"]}  # fmt: skip
+    if len(results) != 1 or set(scores) != set(sets) or any(set(by_k or ()) != set(ks) for by_k in scores.values()):
+        raise RuntimeError(f"sae_bench gave {len(results)} results with {len(scores)} sets for one SAE, {len(sets)} "
+                           f"sets and ks = {list(ks)}: it left something out without saying so.")
+    by_set = {name: {str(k): _scores(scores[name][k]) for k in ks} for name in sets}
+    mean = {str(k): _scores(results[0]["sae_metrics_by_k"][k]) for k in ks}
+    return {"n_sets": len(sets), "ks": list(ks), "mean": mean, "sets": by_set}
+
+
+def _scores(found: dict[str, float]) -> dict[str, float]:
+    return {ours: found[theirs] for ours, theirs in METRICS.items()}
+
+
+def probing_baselines(workers: Workers, sets: Sequence[str], folder: Path, seed: int) -> dict[str, Any]:
+    """What probing reaches without an SAE, on the texts and splits of :func:`run_probing`.
+
+    ``dense``: sae_probes' own baseline, a logistic probe on all channels of the residual stream. ``best_channel``: the
+    one-latent probe on the channel with the largest training AUC (a stronger choice than the mean difference by which
+    latents are picked). ``majority``: the share of the larger class; the sets are balanced.
+    Returns ``{"sets": {set: {n_train, n_test, channel, dense, best_channel, majority}}, "mean": {the last three}}``.
+    """
+    prepare_probing(workers, sets, folder)
+    by_set = dict(workers.run(partial(_baselines, folder=Path(folder), seed=seed), dict(zip(sets, sets))))
+    found = {name: by_set[name] for name in sets}
+    mean: dict[str, Any] = {
+        kind: {metric: float(np.mean([one[kind][metric] for one in found.values()])) for metric in METRICS}
+        for kind in ("dense", "best_channel")
+    }
+    return {"sets": found, "mean": mean | {"majority": float(np.mean([one["majority"] for one in found.values()]))}}
+
+
+def _baselines(model: LanguageModel, name: str, folder: Path, seed: int) -> dict[str, Any]:
+    with undisturbed():
+        from sae_probes.run_baselines import DATASET_SIZES
+        from sae_probes.utils_data import get_xy_traintest
+        from sae_probes.utils_training import find_best_reg
+
+        n_train = min(DATASET_SIZES[name] - SMALLEST_TEST, LARGEST_TRAIN)
+        x, y, x_test, y_test = get_xy_traintest(n_train, name, model.hook_name, cache_name(model), folder, seed=seed)
+        ranks = x.argsort(dim=0).argsort(dim=0).double()
+        auc = ranks[y == 1].mean(0) - ranks[y == 0].mean(0)  # proportional to AUC - 1/2
+        channel = [int(auc.abs().argmax())]
+        dense = find_best_reg(x, y, x_test, y_test, seed=seed).metrics
+        single = find_best_reg(x[:, channel], y, x_test[:, channel], y_test, penalty=REGULARISER, seed=seed).metrics
+    results: dict[str, Any] = {kind: {"accuracy": found.test_acc, "auc": found.test_auc, "f1": found.test_f1}
+                               for kind, found in (("dense", dense), ("best_channel", single))}
+    share = float(np.mean(y_test))
+    results |= {"n_train": len(y), "n_test": len(y_test), "channel": channel[0], "majority": max(share, 1 - share)}
+    return results
