@@ -111,10 +111,15 @@ class RetrainConfig(Section):
 
 
 class SaebenchConfig(Section):
+    arms: list[Arm] = ["none", "distilled"]  # those scored, seven seconds each on two cores
     probing_sets: list[str] | None = None  # None: the fixed list of dmsae_lib.corpus; [] : none
     probing_ks: list[Positive] = Field([1, 5], min_length=1)
     core_rows: Positive = 64
     seed: int = 0
+
+    def decisive(self) -> dict[str, Any]:
+        """What the scores of one SAE depend on."""
+        return self.model_dump(exclude={"arms"})
 
 
 class RunConfig(Section):

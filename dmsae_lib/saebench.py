@@ -144,4 +144,4 @@ def is_scored(folder: Path, sae: Artifact, settings: SaebenchConfig) -> bool:
     if not (folder / "manifest.json").is_file():
         return False
     known = load(folder, "scores").json("scores.json")
-    return known["sae"] == sae.hash and known["settings"] == settings.model_dump()
+    return known["sae"] == sae.hash and known["settings"] == settings.decisive()

@@ -272,7 +272,7 @@ def test_scores_are_known_by_sae_and_settings(llama, tmp_path):
     scores = dict(saebench.score_all({"a": sae.folder}, bench, Workers(llama)))["a"]
     assert scores["core_eval"] == saebench.run_core(core_sae(llama), llama, bench.rows) and scores["sparse_probing"] is None
     with write(tmp_path / "scores", "scores") as writer:
-        writer.json("scores.json", {"sae": sae.hash, "settings": settings.model_dump()} | scores)
+        writer.json("scores.json", {"sae": sae.hash, "settings": settings.decisive()} | scores)
     assert saebench.is_scored(tmp_path / "scores", sae, settings)
     assert not saebench.is_scored(tmp_path / "scores", other, settings)
     assert not saebench.is_scored(tmp_path / "scores", sae, SaebenchConfig(probing_sets=[], core_rows=3))
