@@ -3,6 +3,7 @@
 # configuration; `make -n stages` prints them. All paths are relative, so the clone may lie anywhere.
 
 CONFIG = default
+CASE =
 RUN =
 SET =
 STAGE = stages
@@ -29,7 +30,7 @@ ENVIRONMENT = $(if $(filter .venv/bin/python,$(PY)),.venv/.complete)
 WHICH = --config '$(CONFIG)' $(if $(RUN),--run '$(RUN)') $(foreach s,$(SET),--set '$s')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup reproduce stages smoke test test-slow lint base-model status compare publish figures sizing mend clean lock
+.PHONY: help setup reproduce stages smoke test test-slow lint base-model status compare publish figures sizing bench bench-environment mend clean lock
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -74,6 +75,14 @@ sizing: $(ENVIRONMENT) ## predict CONFIG's times, memory and disk beside what wa
 base-model: $(ENVIRONMENT) ## train the embedded language model again, in runs/base_model (an hour on two cores)
 	@$(PY) -m dmsae_lib.run_notebook notebooks/00_base_model.ipynb runs/base_model/notebooks/00_base_model.ipynb \
 	  -p run base_model -p tokens 30000000 -p documents 0 -p vocab_size 4096 -p batch_rows 32 $(NBFLAGS)
+
+bench: $(ENVIRONMENT) .venv-bench/.complete ## time a training step against SAELens and dictionary_learning (CASE='L-clean': that alone)
+	@$(PY) -m benchmarks.run $(if $(CASE),--case $(CASE))
+
+bench-environment: .venv-bench/.complete ## set up .venv-bench, which holds dictionary_learning
+
+.venv-bench/.complete: benchmarks/requirements.txt $(ENVIRONMENT)
+	@$(PY) -m benchmarks.environment
 
 mend: $(ENVIRONMENT) ## check every artefact against its hashes, and make the damaged ones again
 	@$(PY) -m dmsae_lib.manage mend $(WHICH)

@@ -111,7 +111,6 @@ def write(folder: Path, kind: str, parents: dict[str, str] | None = None) -> Ite
     folder = Path(folder)
     started = time.perf_counter()
     with explain_os_errors(folder), claimed(folder) as place:
-        recover(folder)
         writer = Writer(place)
         yield writer
         files = {path.name: sha256_file(path) for path in sorted(place.iterdir())}

@@ -179,6 +179,7 @@ def put(new: Path, folder: Path) -> None:
     """Let the finished folder ``new`` take the place of ``folder``."""
     old = _beside(folder, "old")
     flush(*(path for path in new.rglob("*") if not path.is_symlink()), new)
+    recover(folder)
     delete(old)
     if folder.exists() or folder.is_symlink():
         os.replace(folder, old)

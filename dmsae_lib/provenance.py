@@ -23,7 +23,7 @@ def code_state(root: Path) -> dict[str, Any]:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
             return {"commit": None, "dirty": None}  # the zip was unpacked inside somebody else's repository
-        code = ("dmsae_lib", "notebooks", "configs", "Makefile", "requirements.lock")
+        code = ("dmsae_lib", "benchmarks", "notebooks", "configs", "Makefile", "requirements.lock")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *code))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}

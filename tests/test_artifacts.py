@@ -99,6 +99,40 @@ def test_interrupted_between_the_two_renames_the_old_one_comes_back(made, monkey
     assert value_of(made.folder) == (2.0 if then == "write" else 1.0)
 
 
+@pytest.mark.parametrize("before", ["whole", "moved aside"])
+def test_a_kill_at_any_rename_leaves_the_old_one_or_the_new(tmp_path, before):
+    for fatal in range(1, 20):
+        folder = tmp_path / str(fatal)
+        make(folder)
+        if before == "moved aside":  # by a writer that was killed
+            os.replace(folder, folder.with_name(f".{fatal}.old"))
+        child = os.fork()
+        if not child:
+            done = []
+
+            def counted(real, done=done, fatal=fatal):
+                def call(*arguments):
+                    done.append(real)
+                    if len(done) == fatal:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*arguments)
+
+                return call
+
+            os.replace, atomic.delete = counted(os.replace), counted(atomic.delete)
+            make(folder, 2.0)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert value_of(folder) in ((2.0,) if status == 0 else (1.0, 2.0))
+        sweep(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
+        remove(folder)
+        if status == 0:
+            assert fatal > 3
+            return
+    raise AssertionError
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
