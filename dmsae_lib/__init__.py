@@ -1,13 +1,17 @@
 """Distilled Matryoshka sparse autoencoders: the helper library that the notebooks call.
 
-Modules are stacked in floors and import only from floors below their own:
+Modules are stacked in floors and import only from floors below their own (a test holds them to it):
 
-0. ``provenance``, ``atomic``, ``artifacts``, ``config``, ``seeds``, ``runtime``
-1. ``corpus``, ``language_model``, ``base_model`` and its reference ``ngram``
-2. ``activations``, ``sparsity``, ``sae``
-3. ``gradients``, ``training``, ``attribution``, ``core``, ``evaluation``, ``examples``
-4. ``fit`` (train, calibrate, measure, write one SAE), ``arms`` (the control cores), ``saebench``
-5. ``summary``, ``claims``, ``reviewers``, ``results``, ``plots`` and its parts, ``readme``, ``sizing`` and its stages
+0. ``provenance``, ``atomic``, ``seeds``, ``runtime``
+1. ``artifacts``, then ``config``, which checks a YAML file
+2. ``corpus``, ``language_model``, ``base_model`` and its reference ``ngram``
+3. ``activations``, ``prefetch``, ``sparsity``, ``sae``, ``workers``
+4. ``entries`` (products with sparse activations), ``reference`` (the plain training step), ``attribution``, ``evaluation``,
+   ``examples``
+5. ``gradients`` (the training step), ``core``
+6. ``training``, ``arms`` (the control cores), ``saebench`` and its parts
+7. ``fit`` (train, calibrate, measure, write SAEs)
+8. ``claims``, ``reviewers``, ``summary``, ``results``, ``plots`` and its parts, ``readme``, ``sizing`` and its stages
 
 ``plan``, ``run_notebook``, ``run_lock`` and ``manage`` stand behind the Makefile.
 
