@@ -47,7 +47,7 @@ class Harvest:
 
 def open_harvest(run: Run) -> Harvest:
     """Load and verify the harvest of ``run`` and the model it was made with; UserError if they do not fit."""
-    artifact = artifacts.load(run.folder / "harvest", "harvest", f"stages STAGE=harvest CONFIG={run.config.name}")
+    artifact = artifacts.load(run.folder / "harvest", "harvest", "stages STAGE=harvest")
     record = artifact.json("record.json")
     model = LanguageModel(run.config.model, choose_device(run.config.device))
     if record["model"]["hash"] != model.hash or record["model"]["hook_name"] != model.hook_name:

@@ -145,5 +145,5 @@ def test_arms_differ_in_colour_and_in_marker():
 def test_a_missing_table_is_named(full, tmp_path):
     shutil.copytree(full, tmp_path / "copy")
     (tmp_path / "copy" / "history_cycles.csv").unlink()
-    with pytest.raises(UserError, match="history_cycles.csv is missing .* `make publish`"):
+    with pytest.raises(UserError, match="history_cycles.csv is missing.*`make publish`"):
         FIGURES["7_training_curves"](Results(tmp_path / "copy"))
