@@ -77,7 +77,7 @@ base-model: $(ENVIRONMENT) ## train the embedded language model again, in runs/b
 	  -p run base_model -p tokens 30000000 -p documents 0 -p vocab_size 4096 -p batch_rows 32 $(NBFLAGS)
 
 bench: $(ENVIRONMENT) .venv-bench/.complete ## time a training step against SAELens and dictionary_learning (CASE='L-clean': that alone)
-	@$(PY) -m benchmarks.run $(if $(CASE),--case $(CASE))
+	@env -u GOMP_SPINCOUNT $(PY) -m benchmarks.run $(if $(CASE),--case $(CASE))
 
 bench-environment: .venv-bench/.complete ## set up .venv-bench, which holds dictionary_learning
 

@@ -16,7 +16,7 @@ from dmsae_lib.sparsity import Kept
 
 # Share of active entries below which touching those alone is faster. CPU: measured by `make bench` (results/bench).
 # CUDA: estimated from 700 TFLOP/s of bfloat16 products against 3.5 TB/s of gathered rows; not measured.
-SPARSE_BELOW = {"cpu": 0.25, "cuda": 0.0025}
+SPARSE_BELOW = {"cpu": 0.5, "cuda": 0.0025}
 
 
 def product(left: Tensor, right: Tensor, bf16: bool) -> Tensor:

@@ -12,20 +12,34 @@ from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.sparsity import between_nth
 
 CALIBRATION_TOKENS = 2**17  # at most this many tokens of the split are held in memory: 1.2 GB at width 2304
+SHARED_BYTES = 2**30  # residuals of the test split up to this size are kept for all SAEs of a call
 SMALLEST_CUT = 1e-6  # an activation below which all are looked at
 UNBOUND = 0.01  # method, section 2: total L0 within 1 % of k, else the SAE is left out of equal-L0 comparisons
 
 
+Lowered = list[tuple[Tensor, Tensor, Tensor]]
+
+
 @torch.no_grad()
-def calibrate_threshold(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarray], k: int, k_min: int) -> bool:
+def lower_all(model: LanguageModel, split: dict[str, np.ndarray]) -> Lowered | None:
+    """(tokens, lengths, residual at the hook) of every batch of ``split``, to share between SAEs; None if that is too large."""
+    if split["tokens"].size * model.d_model * 4 > SHARED_BYTES:
+        return None
+    return [(tokens, lengths, model.lower(tokens)) for tokens, lengths in batches(split, model.config.batch_rows, model.device)]
+
+
+@torch.no_grad()
+def calibrate_threshold(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarray], k: int, k_min: int,
+                        residuals: list[Tensor] | None = None) -> bool:  # fmt: skip
     """Set ``sae.threshold`` so that total L0 = k on ``split``; True if that cannot be had (``unbound``).
 
     The EMA of the training thresholds overshoots or undershoots k (3-9 % in published SAEs), so comparisons need this.
-    Where the core alone leaves less than k_min, the free latents get k_min and the SAE is unbound. ``sae`` is folded.
+    Where the core alone leaves less than k_min, the free latents get k_min and the SAE is unbound. ``sae`` is folded;
+    ``residuals`` are :func:`calibration_residuals` of the split, if at hand.
     """
     free_only = sae.core_sparsity == "relu"
     start = sae.n_core if free_only else 0
-    residuals = list(usable_residuals(model, first_contexts(split, CALIBRATION_TOKENS, model.bos)))
+    residuals = residuals or calibration_residuals(model, split)
     tokens = sum(map(len, residuals))
     cut = float(sae.threshold_ema)
     while True:  # as a rule once: the threshold of the training is near
@@ -43,6 +57,11 @@ def calibrate_threshold(sae: MatryoshkaSAE, model: LanguageModel, split: dict[st
     sae.threshold.fill_(between_nth(above, wanted))
     total = (in_core + int((above > sae.threshold.to(above.dtype)).sum())) / tokens
     return abs(total - k) > UNBOUND * k
+
+
+def calibration_residuals(model: LanguageModel, split: dict[str, np.ndarray]) -> list[Tensor]:
+    """The activations on which thresholds are set: those of the split's first contexts, (n, d_in) per batch."""
+    return list(usable_residuals(model, first_contexts(split, CALIBRATION_TOKENS, model.bos)))
 
 
 class _FVU:
@@ -68,8 +87,8 @@ def loss_recovered(loss: float, clean: float, zero: float) -> float:
 
 @torch.no_grad()
 def evaluate(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarray], clean_loss: float, zero_loss: float,
-             with_prefix0: bool = True) -> dict[str, Any]:
-    """Metrics of a folded SAE on the usable positions of ``split``.
+             with_prefix0: bool = True, lowered: Lowered | None = None) -> dict[str, Any]:
+    """Metrics of a folded SAE on the usable positions of ``split``; ``lowered`` is :func:`lower_all` of it, if at hand.
 
     Returns L0 {core, non_core, total} at the calibrated and at the EMA threshold, fvu by prefix size and "full",
     loss_recovered {prefix0, full}, ce_loss (nats, full reconstruction), dead (latents that never fired here), and the
@@ -80,8 +99,8 @@ def evaluate(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarr
     ema = torch.zeros(2, dtype=torch.int64)
     losses = {"prefix0": 0.0, "full": 0.0}
     n_tokens = n_targets = 0
-    for tokens, lengths in batches(split, model.config.batch_rows, model.device):
-        resid = model.lower(tokens)
+    passes = lowered or ((*batch, model.lower(batch[0])) for batch in batches(split, model.config.batch_rows, model.device))
+    for tokens, lengths, resid in passes:
         usable = usable_positions(tokens, lengths, model.bos)
         x = resid[usable]
         a = sae.pre_activations(x)

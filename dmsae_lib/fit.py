@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dmsae_lib.activations import START, Cursor, StoredActivations, StreamedActi
 from dmsae_lib.artifacts import Artifact, hash_json
 from dmsae_lib.config import Run, TrainingConfig
 from dmsae_lib.corpus import SPLITS
-from dmsae_lib.evaluation import calibrate_threshold, evaluate
+from dmsae_lib.evaluation import Lowered, calibrate_threshold, calibration_residuals, evaluate, lower_all
 from dmsae_lib.language_model import LanguageModel, choose_device
 from dmsae_lib.prefetch import prefetched
 from dmsae_lib.sae import MatryoshkaSAE, save_sae
@@ -33,6 +34,16 @@ class Harvest:
     model: LanguageModel
     splits: dict[str, dict[str, np.ndarray]]
     run: Run
+
+    @cached_property
+    def calibration(self) -> list[Tensor]:
+        """The activations on which every SAE's threshold is set."""
+        return calibration_residuals(self.model, self.splits["select"])
+
+    @cached_property
+    def tested(self) -> Lowered | None:
+        """The model's lower half on the test split, or None where that is too large to keep."""
+        return lower_all(self.model, self.splits["test"])
 
     def source(self, fresh: bool = False) -> StoredActivations | StreamedActivations:
         """Training activations of one cycle, stored or streamed as configured; ``fresh``: the stream of all tokens."""
@@ -146,10 +157,10 @@ def _write(job: Job, harvest: Harvest, trainer: Trainer) -> None:
     model, training, sae = harvest.model, job.training, trainer.sae
     with artifacts.write(job.folder, "sae", parents_of(job, harvest)) as writer:
         folded = sae.folded(harvest.record["scale"])
-        unbound = calibrate_threshold(folded, model, harvest.splits["select"], training.k, training.k_min)
+        unbound = calibrate_threshold(folded, model, harvest.splits["select"], training.k, training.k_min, harvest.calibration)
         sae.threshold.copy_(folded.threshold / harvest.record["scale"])
         measured = evaluate(folded, model, harvest.splits["test"], harvest.record["clean_loss"], harvest.record["zero_loss"],
-                            job.prefix0)  # fmt: skip
+                            job.prefix0, harvest.tested)  # fmt: skip
         core_frequency = measured.pop("core_frequency")
         save_sae(writer, sae, harvest.record["scale"])
         writer.json("metrics.json", job.record | measured | {

@@ -188,8 +188,8 @@ def next_token_loss(logits: Tensor, tokens: Tensor, lengths: Tensor, bos: int) -
     """Cross-entropy in nats, summed over the targets that are neither BOS nor padding, and their number."""
     target = tokens[:, 1:]
     counted = usable_positions(tokens, lengths, bos)[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), target, reduction="none")
-    return (losses * counted).sum(), int(counted.sum())
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), reduction="none")
+    return (losses * counted.flatten()).sum(), int(counted.sum())
 
 
 def batches(split: dict[str, np.ndarray], rows: int, device: str):

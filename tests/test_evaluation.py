@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dmsae_lib import evaluation
 from dmsae_lib.activations import reference_losses, usable_residuals
-from dmsae_lib.evaluation import UNBOUND, calibrate_threshold, evaluate, loss_recovered
+from dmsae_lib.evaluation import UNBOUND, calibrate_threshold, calibration_residuals, evaluate, loss_recovered, lower_all
 from dmsae_lib.sae import MatryoshkaSAE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,3 +255,24 @@ def test_bound_up_to_one_per_cent(tiny_llama, split):
         assert total == pytest.approx(CORE + share, abs=3 / len(x))
         assert unbound == (abs(total - CORE) > UNBOUND * CORE) == (share == 0.1)
     assert not math.isnan(float(sae.threshold))
+
+
+def test_what_sae_share_changes_nothing(tiny_llama, split, monkeypatch):
+    sae, other = make_sae(tiny_llama.d_model), make_sae(tiny_llama.d_model)
+    unbound = calibrate_threshold(sae, tiny_llama, split, 4, 1)
+    assert calibrate_threshold(other, tiny_llama, split, 4, 1, calibration_residuals(tiny_llama, split)) is unbound
+    assert float(sae.threshold) == float(other.threshold)
+    lowered = lower_all(tiny_llama, split)
+    assert evaluate(sae, tiny_llama, split, 4.0, 8.0, True, lowered) == evaluate(sae, tiny_llama, split, 4.0, 8.0)
+    monkeypatch.setattr(evaluation, "SHARED_BYTES", split["tokens"].size * tiny_llama.d_model * 4 - 1)
+    assert lower_all(tiny_llama, split) is None
+
+
+@pytest.mark.parametrize("ema", [0.0, 1e-9, 1e-3, 1.0, 1e6])
+def test_the_training_threshold_does_not_decide_the_calibrated_one(tiny_llama, split, ema):
+    """Far too high, far too low, or none: it only says where to look first."""
+    expected, sae = make_sae(tiny_llama.d_model), make_sae(tiny_llama.d_model)
+    calibrate_threshold(expected, tiny_llama, split, 4, 1)
+    sae.threshold_ema.fill_(ema)
+    calibrate_threshold(sae, tiny_llama, split, 4, 1)
+    assert float(sae.threshold) == float(expected.threshold) > 0
