@@ -35,11 +35,12 @@ def bars(axes: Axes, measured: list[Case], value: str, unit: float = 1.0, scale:
         axes.bar(places, [v * unit for _, v in found], 0.24, color=colour, label=label)
         for place, (_, v) in zip(places, found):
             text = f"{v * unit:.{0 if v * unit > 99 else 1}f}"
-            axes.text(place, v * unit, text, ha="center", va="bottom", fontsize=plot_style.SMALL - 1, color=MUTED)
+            axes.annotate(text, (place, v * unit), (0, 2), textcoords="offset points", ha="center", va="bottom", rotation=90,
+                          fontsize=plot_style.SMALL - 1, color=MUTED)
     axes.set_xticks(range(len(measured)), [case["name"].replace("-", "\n", 1) for case in measured])
     axes.set_yscale(scale)
     axes.grid(axis="x", visible=False)
-    axes.margins(y=0.12)
+    axes.margins(y=0.2)
 
 
 def growth(axes: Axes, measured: list[Case], over: str, divide: bool) -> None:
@@ -69,7 +70,7 @@ def make(result: dict[str, Any]) -> Figure:
                 five = case["dense"]["five_gemms"]["median"] / case["dense"]["floor"]["median"]
                 grid[0, 0].plot([place - 0.4, place + 0.4], [five, five], color=MUTED, linestyle=":",
                                 label="five dense products" if place == 0 else None)
-            grid[0, 0].set(title="a  time of a step", ylabel="multiples of the encoder's product")
+            grid[0, 0].set(title="a  time of a step", ylabel="encoder products")
             grid[0, 0].legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
             bars(grid[0, 1], clean, "peak_bytes", 2**-20, "log")
             grid[0, 1].set(title="b  peak memory of trainer and step", ylabel="MiB")
@@ -79,7 +80,8 @@ def make(result: dict[str, Any]) -> Figure:
             grid[1, 0].plot(*zip(*floors), color=MUTED, linestyle=":", label="encoder's product")
             first = widths[0]
             grid[1, 0].set(title=f"c  width at d_in {first['d_in']}, k {first['k']}", xlabel="d_sae", ylabel="ms per step")
-            grid[1, 0].legend()
+            grid[1, 0].set_ylim(top=20 * grid[1, 0].get_ylim()[1])
+            grid[1, 0].legend(ncols=2, loc="upper left")
         if many:
             growth(grid[1, 1], many, "n_saes", divide=True)
             grid[1, 1].set(title=f"d  SAEs on one stream, shape {many[0]['shape']}", xlabel="number of SAEs",
