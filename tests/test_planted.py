@@ -16,7 +16,7 @@ from dmsae_lib.config import DataConfig, TrainingConfig
 from dmsae_lib.core import Core, candidate_pool, control_core, distil, reading_members
 from dmsae_lib.evaluation import calibrate_threshold
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.training import Trainer, train_sae
+from dmsae_lib.training import Trainer, train_saes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,7 +89,7 @@ def chain(one_thread, tmp_path_factory):
         def batches(cursor, cycle=cycle):
             return source.batches(BATCH, 0, f"cycle {cycle}", cursor)
 
-        train_sae(trainer, batches, folder / "checkpoint", {}, report=lambda _: None)
+        train_saes([trainer], batches, [folder / "checkpoint"], [{}], report=lambda _: None)
         folded = sae.folded(scale)
         calibrate_threshold(folded, model, select, K, 1)
         table = attribute(model, folded, select)
