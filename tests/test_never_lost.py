@@ -303,7 +303,9 @@ def test_no_code_of_a_model_runs_unless_that_is_asked_for_by_name(tmp_path, monk
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, flag = save_model(tmp_path / "bait"), tmp_path / "it ran"
-    (folder / "bait.py").write_text(f"open({str(flag)!r}, 'w').close()\nfrom transformers import LlamaConfig as Bait")
+    (folder / "bait.py").write_text(
+        f"open({str(flag)!r}, 'w').close()\nfrom transformers import PretrainedConfig\n"
+        "class Bait(PretrainedConfig):\n    model_type = 'bait'\n")  # its own class: transformers leaves a mark on it
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"model_type": "bait", "auto_map": {name: "bait.Bait" for name in ("AutoConfig", "AutoModelForCausalLM")}}
     (folder / "config.json").write_text(json.dumps(settings))
