@@ -58,7 +58,8 @@ def test_every_item_is_computed_once_on_the_model_in_a_process_of_one_thread(fol
         with pytest.raises(UserError, match="This item is wrong"):
             list(workers.run(fall, {"a": "fine", "b": "wrong", "c": "fine"}))
         again = dict(workers.run(partial(logit, scale=2.0), items))  # an exception costs no process
-        assert {pid for _, pid, _ in again.values()} <= pids
+        pids |= {pid for _, pid, _ in again.values()}  # one may have done all the work before the other had started
+        assert len(pids) <= 2
         with pytest.raises(UserError, match="One of 2 worker processes was killed, .* lower threads"):
             list(workers.run(fall, {"a": "killed", "b": "fine"}))
     finally:
