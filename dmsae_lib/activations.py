@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmsae_lib.artifacts import Artifact, UserError, Writer
 from dmsae_lib.config import DataConfig
-from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
+from dmsae_lib.language_model import LanguageModel, lowered, next_token_loss, usable_positions
 from dmsae_lib.seeds import generator
 
 SHARD_ROWS = 2**18  # a shard file is closed once it holds this many activations
@@ -28,8 +28,8 @@ START: Cursor = (0, 0, 0)
 
 def usable_residuals(model: LanguageModel, split: dict[str, np.ndarray]) -> Iterator[Tensor]:
     """Residuals of a split's usable positions, (n, d_in) per batch of contexts, in order, unnormalised."""
-    for tokens, lengths in batches(split, model.config.batch_rows, model.device):
-        yield model.lower(tokens)[usable_positions(tokens, lengths, model.bos)]
+    for tokens, lengths, resid in lowered(model, split):
+        yield resid[usable_positions(tokens, lengths, model.bos)]
 
 
 def finite(x: Tensor, where: str) -> Tensor:
@@ -99,8 +99,7 @@ def reference_losses(model: LanguageModel, split: dict[str, np.ndarray]) -> tupl
     """Next-token loss in nats of the clean model and with the usable positions' residual set to zero."""
     clean = zero = 0.0
     count = 0
-    for tokens, lengths in batches(split, model.config.batch_rows, model.device):
-        resid = model.lower(tokens)
+    for tokens, lengths, resid in lowered(model, split):
         ablated = torch.where(usable_positions(tokens, lengths, model.bos)[..., None], 0.0, resid)
         loss, n = next_token_loss(model.logits(tokens), tokens, lengths, model.bos)
         clean, count = clean + float(loss), count + n

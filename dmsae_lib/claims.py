@@ -20,6 +20,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from dmsae_lib.config import CoreSettings
+
 Row = dict[str, Any]
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable"
 
@@ -221,9 +223,8 @@ def judge(summary: Row) -> dict[str, Row]:
     Distillation chains count as further seeds for C1 and C2 where only the seed differs from the main one.
     """
     sizes, rows = summary["sizes"], summary["retrain"]
-    core_settings = ("core_sparsity", "core_bias_init", "core_decoder_init")
     seeds = [chain["cycles"] for chain in summary["chains"].values()
-             if all(chain[setting] == sizes[setting] for setting in core_settings)]
+             if all(chain[setting] == sizes[setting] for setting in CoreSettings.model_fields)]
     distillations = [summary["cycles"], *seeds]
     return {"C1": core_settles(distillations), "C2": core_is_reselected(distillations, sizes["prefixes"][0]),
             "C3": beats_baseline(rows, sizes["k"]), "C4": beats_random_cores(rows, sizes["k"]),

@@ -65,6 +65,9 @@ class CoreSettings(Section):
     core_bias_init: Literal["zero", "match_frequency"] = "zero"
     core_decoder_init: Literal["random", "encoder"] = "random"  # encoder: the core's encoder rows at norm 1
 
+    def core_settings(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in CoreSettings.model_fields}
+
 
 class TrainingConfig(CoreSettings):
     k: Positive
@@ -191,8 +194,8 @@ class RunConfig(Section):
         if not found:
             known = ", ".join(["main", *(c.name for c in self.distill.chains)])
             raise UserError(f"There is no chain {chain!r} in config {self.name}: use one of {known}.")
-        core = {name: getattr(found[0], name) for name in CoreSettings.model_fields}
-        return self.model_copy(update={"seed": found[0].seed, "training": self.training.model_copy(update=core)})
+        training = self.training.model_copy(update=found[0].core_settings())
+        return self.model_copy(update={"seed": found[0].seed, "training": training})
 
     def retrain_arms(self, k: int) -> list[tuple[str, int]]:
         """(arm, seed) of every SAE trained at ``k``."""

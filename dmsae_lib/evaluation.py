@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dmsae_lib.activations import first_contexts, usable_residuals
-from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
+from dmsae_lib.language_model import LanguageModel, lowered, next_token_loss, usable_positions
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.sparsity import between_nth
 
@@ -15,7 +15,6 @@ CALIBRATION_TOKENS = 2**17  # at most this many tokens of the split are held in 
 SHARED_BYTES = 2**30  # residuals of the test split up to this size are kept for all SAEs of a call
 SMALLEST_CUT = 1e-6  # an activation below which all are looked at
 UNBOUND = 0.01  # method, section 2: total L0 within 1 % of k, else the SAE is left out of equal-L0 comparisons
-
 
 Lowered = list[tuple[Tensor, Tensor, Tensor]]
 
@@ -25,7 +24,7 @@ def lower_all(model: LanguageModel, split: dict[str, np.ndarray]) -> Lowered | N
     """(tokens, lengths, residual at the hook) of every batch of ``split``, to share between SAEs; None if that is too large."""
     if split["tokens"].size * model.d_model * 4 > SHARED_BYTES:
         return None
-    return [(tokens, lengths, model.lower(tokens)) for tokens, lengths in batches(split, model.config.batch_rows, model.device)]
+    return list(lowered(model, split))
 
 
 @torch.no_grad()
@@ -87,8 +86,8 @@ def loss_recovered(loss: float, clean: float, zero: float) -> float:
 
 @torch.no_grad()
 def evaluate(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarray], clean_loss: float, zero_loss: float,
-             with_prefix0: bool = True, lowered: Lowered | None = None) -> dict[str, Any]:
-    """Metrics of a folded SAE on the usable positions of ``split``; ``lowered`` is :func:`lower_all` of it, if at hand.
+             with_prefix0: bool = True, at_hand: Lowered | None = None) -> dict[str, Any]:
+    """Metrics of a folded SAE on the usable positions of ``split``; ``at_hand``: :func:`lower_all` of it.
 
     Returns L0 {core, non_core, total} at the calibrated and at the EMA threshold, fvu by prefix size and "full",
     loss_recovered {prefix0, full}, ce_loss (nats, full reconstruction), dead (latents that never fired here), and the
@@ -99,8 +98,7 @@ def evaluate(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarr
     ema = torch.zeros(2, dtype=torch.int64)
     losses = {"prefix0": 0.0, "full": 0.0}
     n_tokens = n_targets = 0
-    passes = lowered or ((*batch, model.lower(batch[0])) for batch in batches(split, model.config.batch_rows, model.device))
-    for tokens, lengths, resid in passes:
+    for tokens, lengths, resid in at_hand or lowered(model, split):
         usable = usable_positions(tokens, lengths, model.bos)
         x = resid[usable]
         a = sae.pre_activations(x)

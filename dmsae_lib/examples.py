@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmsae_lib.language_model import LanguageModel, batches, usable_positions
+from dmsae_lib.language_model import LanguageModel, lowered, usable_positions
 from dmsae_lib.sae import MatryoshkaSAE
 
 BEFORE, AFTER = 12, 4  # tokens of context shown around the strongest activation
@@ -17,8 +17,8 @@ def top_contexts(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.n
                  n: int = 3) -> list[list[dict[str, Any]]]:
     """For each latent its ``n`` strongest activations, at most one per context: {activation, before, token, after}."""
     values, positions = [], []
-    for tokens, lengths in batches(split, model.config.batch_rows, model.device):
-        f = sae.encode(model.lower(tokens))[..., latents] * usable_positions(tokens, lengths, model.bos)[..., None]
+    for tokens, lengths, resid in lowered(model, split):
+        f = sae.encode(resid)[..., latents] * usable_positions(tokens, lengths, model.bos)[..., None]
         strongest = f.max(dim=1)  # (rows, latents)
         values.append(strongest.values.cpu())
         positions.append(strongest.indices.cpu())

@@ -109,15 +109,16 @@ def fit(jobs: Sequence[Job], harvest: Harvest, report: Callable[[str], None] = p
     Jobs of one order share a pass over the data, at most ``training.together`` at a time; each SAE comes out as if it
     were trained alone. A killed call goes on from the checkpoints. Returns the artefacts in the order of ``jobs``.
     """
+    found = [finished(job, harvest) for job in jobs]
     streams: dict[tuple, list[Job]] = {}
-    for job in jobs:
-        if finished(job, harvest) is None:
+    for job, artifact in zip(jobs, found):
+        if artifact is None:
             streams.setdefault((job.fresh, job.order, job.order_seed, job.training.batch_size), []).append(job)
     for members in streams.values():
         together = members[0].training.together
         for start in range(0, len(members), together):
             _fit_together(members[start : start + together], harvest, report)
-    return [artifacts.load(job.folder, "sae") for job in jobs]
+    return [artifact or artifacts.load(job.folder, "sae") for job, artifact in zip(jobs, found)]
 
 
 def _fit_together(jobs: Sequence[Job], harvest: Harvest, report: Callable[[str], None]) -> None:
@@ -167,7 +168,6 @@ def _write(job: Job, harvest: Harvest, trainer: Trainer) -> None:
             "k": training.k, "d_sae": sae.d_sae, "core_size": sae.n_core, "prefixes": list(sae.prefixes), "unbound": unbound,
             "threshold": float(folded.threshold), "threshold_ema": float(folded.threshold_ema), "steps": trainer.steps,
             "tokens": trainer.steps * training.batch_size, "seed": job.seed, "clipped_steps": int(trainer.clipped),
-            "core_frequency": core_frequency, "core_sparsity": training.core_sparsity,
-            "core_bias_init": training.core_bias_init, "core_decoder_init": training.core_decoder_init,
+            "core_frequency": core_frequency, **training.core_settings(),
         })  # fmt: skip
         writer.csv("history.csv", trainer.history)

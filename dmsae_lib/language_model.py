@@ -200,6 +200,12 @@ def batches(split: dict[str, np.ndarray], rows: int, device: str):
         yield tokens, lengths
 
 
+def lowered(model: LanguageModel, split: dict[str, np.ndarray]):
+    """Each batch of :func:`batches` with the residual at the hook (rows, positions, d_model) as a third entry."""
+    for tokens, lengths in batches(split, model.config.batch_rows, model.device):
+        yield tokens, lengths, model.lower(tokens)
+
+
 def describe(model: LanguageModel) -> dict[str, Any]:
     """What harvest/record.json says of the model."""
     return {"name": model.config.name, "hash": model.hash, "n_layers": model.n_layers, "d_model": model.d_model,

@@ -62,6 +62,12 @@ def validate(summary: Row) -> None:
             raise UserError(f"summary.json: the L0 total {total} is not the sum of core {core} and non_core {rest}.")
 
 
+def stage_kind(name: str) -> str:
+    """harvest, train, attribute, distill, learning_rate, retrain, saebench ... from the name of a stage or its notebook."""
+    words = name.split("_")  # cycle_3_train, chain_x_cycle_3_train
+    return words[-1] if "cycle" in words else name
+
+
 class Results:
     """A published results folder: summary.json (validated), its sha256, and the files beside it.
 

@@ -12,15 +12,15 @@ from typing import Any
 
 from dmsae_lib.activations import NORM_SAMPLE_ROWS
 from dmsae_lib.config import LONGER, RunConfig
-from dmsae_lib.corpus import PROBING_SETS
+from dmsae_lib.corpus import DOCUMENTS, PROBING_SETS
 from dmsae_lib.evaluation import CALIBRATION_TOKENS
-from dmsae_lib.results import Results
+from dmsae_lib.results import Results, stage_kind
+from dmsae_lib.saebench import SHARED_BYTES
+from dmsae_lib.saebench_probing import LARGEST_TRAIN, SMALLEST_TEST
 from dmsae_lib.sizing import Machine, Op, SAESize, Shape
 
 KINDS = ("harvest", "train", "attribute", "distill", "learning_rate", "retrain", "saebench")
-DOCUMENTS = 256  # tokenised at a time: dmsae_lib.corpus reads a whole batch before it looks whether there is enough
-PROBING_TEXTS = 1124  # of each set, that an SAE encodes at least: 1024 to train on, 100 to test
-SHARED_BYTES = 2**29  # outputs of the model that all core evals share, if they fit: dmsae_lib.saebench
+PROBING_TEXTS = LARGEST_TRAIN + SMALLEST_TEST  # of each set, that an SAE encodes at least
 BLOCK_COPIES = 3  # of a streamed block while it is made: joined, without outliers, scaled
 ROOM = 0.9  # share of a GPU's memory that jointly trained SAEs may fill
 
@@ -233,8 +233,7 @@ def published(results: Results) -> dict[str, Any]:
     record = results.made
     processes: dict[str, int] = {}
     for path in (results.folder / "notebooks").glob("*.ipynb"):
-        words = path.stem.split("_")  # cycle_3_train, chain_x_cycle_3_train, learning_rate, retrain_k64 ...
-        kind = words[-1] if "cycle" in words else "learning_rate" if words[0] == "learning" else words[0]
+        kind = stage_kind(path.stem)
         processes[kind] = processes.get(kind, 0) + 1
     return {"seconds": record["seconds"], "hardware": record["hardware"], "threads": results.summary["inputs"]["threads"],
             "processes": {kind: processes.get(kind, 0) for kind in record["seconds"]}}

@@ -14,7 +14,7 @@ from dmsae_lib.artifacts import Artifact, ArtifactError, load, write
 from dmsae_lib.claims import judge
 from dmsae_lib.config import Run
 from dmsae_lib.core import READINGS, load_core, reading_members
-from dmsae_lib.results import validate
+from dmsae_lib.results import stage_kind, validate
 from dmsae_lib.reviewers import answers
 
 Row = dict[str, Any]
@@ -73,8 +73,7 @@ class Stages:
         """Wall clock of the notebooks by kind of stage, starting up included; those run by hand are not in it."""
         total: dict[str, float] = {}
         for path in sorted((self.run.folder / "notebooks").glob("*.json")):
-            words = path.stem.split("_")  # harvest, cycle_3_train, chain_x_cycle_3_train, retrain
-            stage = words[-1] if "cycle" in words else "learning_rate" if words[0] == "learning" else words[0]
+            stage = stage_kind(path.stem)
             total[stage] = total.get(stage, 0.0) + json.loads(path.read_text())["seconds"]
         return {stage: seconds for stage, seconds in total.items() if stage != "summary"}
 
@@ -169,18 +168,14 @@ def _summarise(stages: Stages) -> Row:
                  for k, arm, seed, sae in stages.retrained()]
     sizes = {name: len(ids) for name, ids in lineage(stages)["readings"].items()}
     first_sae = stages.cycle(0)[0].json("metrics.json")
-    chains = {chain.name: {"seed": chain.seed, "core_sparsity": chain.core_sparsity,
-                           "core_bias_init": chain.core_bias_init, "core_decoder_init": chain.core_decoder_init,
-                           "cycles": cycle_rows(stages, chain.name)}
+    chains = {chain.name: {"seed": chain.seed, **chain.core_settings(), "cycles": cycle_rows(stages, chain.name)}
               for chain in config.distill.chains}
     summary = readable({
         "schema_version": SCHEMA_VERSION, "config": config.name, "inputs": _inputs(stages, harvest),
         "sizes": {"d_in": harvest["model"]["d_model"], "d_sae": config.sae.d_sae, "k": config.training.k,
                   "prefixes": first_sae["prefixes"], "n_cycles": last, "tokens_per_cycle": config.data.train_tokens,
                   "batch_size": config.training.batch_size, "coverage": config.distill.coverage,
-                  "aggregator": config.distill.aggregator, "core_sparsity": config.training.core_sparsity,
-                  "core_bias_init": config.training.core_bias_init,
-                  "core_decoder_init": config.training.core_decoder_init},
+                  "aggregator": config.distill.aggregator, **config.training.core_settings()},
         "language_model": {name: harvest[name] for name in ("clean_loss", "zero_loss", "scale")},
         "cycles": cycles, "chains": chains,
         "final_core": {"reading": config.distill.final_core, "size": sizes[config.distill.final_core], "sizes": sizes,

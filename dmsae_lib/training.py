@@ -195,8 +195,9 @@ def train_saes(trainers: Sequence[Trainer], batches: Batches, checkpoints: Seque
         if trainer.resume(folder, made_from):
             report(f"resumed at step {trainer.step}/{trainer.steps}")
     todo = [i for i, trainer in enumerate(trainers) if trainer.step < trainer.steps]
-    for i in set(range(len(trainers))) - set(todo):
-        finish(i)
+    for i, trainer in enumerate(trainers):
+        if trainer.step >= trainer.steps:
+            finish(i)
     if not todo:
         return
     behind = min((trainers[i] for i in todo), key=lambda trainer: trainer.step)
@@ -211,10 +212,10 @@ def train_saes(trainers: Sequence[Trainer], batches: Batches, checkpoints: Seque
                 progress.look(trainer, stats)
         step += 1
         ended = [i for i in todo if trainers[i].step == trainers[i].steps]
-        if ended or time.perf_counter() - saved > trainers[todo[0]].config.checkpoint_seconds:
-            if time.perf_counter() - progress.started > trainers[todo[0]].config.checkpoint_seconds:
-                for i in todo:
-                    trainers[i].save(checkpoints[i], parents[i])
+        now, every = time.perf_counter(), trainers[todo[0]].config.checkpoint_seconds
+        if now - saved > every or ended and now - progress.started > every:
+            for i in todo:
+                trainers[i].save(checkpoints[i], parents[i])
             saved = time.perf_counter()
         for i in ended:
             finish(i)
