@@ -7,6 +7,7 @@ guesses the family from "llama" or "gemma" in the path).
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ class LanguageModel:
         self.bridge.eval().requires_grad_(False)
         self.d_model: int = self.bridge.cfg.d_model
         self.n_layers: int = self.bridge.cfg.n_layers
+        self._one_pass = threading.Lock()  # hooks hang on the shared modules: a pass of another thread would meet them
         self.bos: int = self.tokenizer.bos_token_id
 
     def _check_config(self) -> int:
@@ -161,7 +163,8 @@ class LanguageModel:
     @torch.no_grad()
     def lower(self, tokens: Tensor) -> Tensor:
         """Residual stream at the hook, (rows, positions, d_model) float32; the model stops there."""
-        _, cache = self.bridge.run_with_cache(tokens, names_filter=[self.hook_name], stop_at_layer=self.layer + 1)
+        with self._one_pass:
+            _, cache = self.bridge.run_with_cache(tokens, names_filter=[self.hook_name], stop_at_layer=self.layer + 1)
         return cache[self.hook_name].float()
 
     def upper(self, tokens: Tensor, resid: Tensor) -> Tensor:
@@ -171,11 +174,13 @@ class LanguageModel:
         architecture, where starting at a layer does not.
         """
         put = [(self.hook_name, lambda old, hook: resid.to(old.dtype))]
-        return self.bridge.run_with_hooks(tokens, fwd_hooks=put)
+        with self._one_pass:
+            return self.bridge.run_with_hooks(tokens, fwd_hooks=put)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits (rows, positions, vocabulary) of the unchanged model."""
-        return self.bridge(tokens)
+        with self._one_pass:
+            return self.bridge(tokens)
 
 
 def usable_positions(tokens: Tensor, lengths: Tensor, bos: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,20 @@ def test_the_model_is_frozen_and_stops_at_the_hook(model, tokens):
     for handle in handles:
         handle.remove()
     assert ran == list(range(model.layer + 1))
+
+
+def test_passes_of_two_threads_do_not_meet(model, tokens):
+    """A prefetching thread lowers while the main thread evaluates: neither may see the other's hooks."""
+    with torch.no_grad():
+        resid, logits = model.lower(tokens), model.logits(tokens)
+        other = torch.zeros_like(resid)
+        replaced = model.upper(tokens, other)
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.map(lambda _: torch.equal(model.lower(tokens), resid), range(100))
+            for _ in range(50):
+                assert torch.equal(model.upper(tokens, other), replaced)
+                assert torch.equal(model.logits(tokens), logits)
+            assert all(ahead)
 
 
 @pytest.mark.parametrize("name", ["a folder", "my llama of 2024", "gemma-2 test", "gpt2", "llama/gemma"])

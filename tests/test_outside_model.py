@@ -62,7 +62,8 @@ def test_outside_model_by_every_stage(test_model, run_name):
     assert [row["cycle"] for row in summary["cycles"]] == [0, 1] and summary["final_core"]["size"] > 0
     assert {row["core"] for row in summary["retrain"]} == {"none", "distilled", "random"}
     for row in summary["retrain"]:
-        assert row["loss_recovered"] > 0.5 and row["saebench"]["ce_loss_score"] > 0.5, row
+        assert row["loss_recovered"] > 0.5, row
+        assert row["saebench"]["ce_loss_score"] > 0.5 if row["core"] in run.config.saebench.arms else row["saebench"] is None, row
     assert len(list((run.folder / "figures").glob("*.png"))) >= 8
 
 
