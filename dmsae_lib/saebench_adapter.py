@@ -15,6 +15,10 @@ from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.sae import MatryoshkaSAE
 
 
+class NotRun(Exception):
+    """An eval that cannot be run with this model or without the Hub; the text says why, in one sentence."""
+
+
 class Adapter(nn.Module):
     """A MatryoshkaSAE, for unnormalised activations, with the attributes that sae_bench asks of an SAE."""
 
@@ -69,3 +73,16 @@ def undisturbed() -> Iterator[None]:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
+
+
+@contextlib.contextmanager
+def our_model(model: LanguageModel) -> Iterator[None]:
+    """Whatever sae_bench loads by name is ``model``: it knows models of the Hub alone, and loads one for each eval."""
+    from transformer_lens import HookedTransformer
+
+    theirs = HookedTransformer.__dict__["from_pretrained_no_processing"]
+    HookedTransformer.from_pretrained_no_processing = classmethod(lambda cls, *names, **options: model.bridge)
+    try:
+        yield
+    finally:
+        HookedTransformer.from_pretrained_no_processing = theirs
