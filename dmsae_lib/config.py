@@ -1,128 +1,32 @@
 """The configuration of a run: one YAML file, typed and checked before any work is done.
 
-Unknown keys are refused, so a misspelt one cannot silently fall back to its default. Every default that the paper
-does not fix is one of our decisions; ``configs/gemma-2-2b.yaml`` gives the source of each value.
+Unknown keys are refused, so a misspelt one cannot silently fall back to its default.
 """
 
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dmsae_lib.artifacts import UserError, hash_json, repository_root
+from dmsae_lib.settings import (
+    ARMS,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    Positive,
+    RetrainConfig,
+    SaebenchConfig,
+    SAEConfig,
+    Section,
+    TrainingConfig,
+)
 
-Aggregator = Literal["mean_abs", "abs_mean", "quantile", "frequency"]
-CONTROLS = ("random", "frequency_matched", "random_directions", "most_frequent")
-LONGER = ("longer_repeated", "longer_fresh")
-ARMS = ("none", "distilled", *CONTROLS, *LONGER)
-Arm = Literal[ARMS]  # type: ignore[valid-type]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 SHOWN = {"model.hook_name": "blocks.12.hook_resid_post"}  # an example says more than a regular expression
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelConfig(Section):
-    name: str  # an embedded name, a local Hub-format folder, or a Hub id
-    hook_name: str = Field(pattern=r"^blocks\.\d+\.hook_resid_post$")
-    context_size: Annotated[int, Field(ge=8)]
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    batch_rows: Positive = 32  # contexts per forward pass
-    trust_remote_code: bool = False
-
-
-class DataConfig(Section):
-    source: str  # "embedded", a local .txt / .jsonl file or a folder of them, or a Hub data set id
-    subset: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-    packing: Literal["pack", "one_per_row"] = "pack"
-    train_tokens: Positive  # usable tokens (not BOS, not padding) of one distillation cycle
-    select_tokens: Positive
-    test_tokens: Positive
-    fresh_factor: Positive = 1  # train_tokens * fresh_factor are tokenised, for the longer-trained baselines
-    store: Literal["disk", "stream"] = "disk"
-    buffer_rows: Positive = 512  # contexts in the shuffle buffer when streaming
-    outlier_norm: float = Field(10.0, gt=1)  # training tokens above this multiple of the median norm are left out
-
-
-class SAEConfig(Section):
-    d_sae: Positive  # the core included
-    prefixes: list[Positive]  # cumulative non-core sizes; the last one, d_sae - core, is implied
-
-
-class CoreSettings(Section):
-    """What a distillation chain may do differently with its core."""
-
-    core_sparsity: Literal["relu", "batchtopk"] = "relu"
-    core_bias_init: Literal["zero", "match_frequency"] = "zero"
-    core_decoder_init: Literal["random", "encoder"] = "random"  # encoder: the core's encoder rows at norm 1
-
-    def core_settings(self) -> dict[str, str]:
-        return {name: getattr(self, name) for name in CoreSettings.model_fields}
-
-
-class TrainingConfig(CoreSettings):
-    k: Positive
-    batch_size: Positive
-    lr: float = Field(gt=0)
-    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
-    decay: float = Field(0.2, ge=0, lt=1)  # share of the steps, at the end
-    grad_clip: float = Field(1.0, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    aux_alpha: float = Field(1 / 32, ge=0)
-    k_aux: Positive | None = None  # None: d_in / 2
-    dead_window: Positive | None = None  # tokens; None: max(2 % of the tokens, 40 batches)
-    k_min: int = Field(1, ge=0)
-    autocast: bool = False  # bfloat16 matrix products over float32 weights
-    checkpoint_seconds: float = Field(60.0, gt=0)
-    together: Positive = 64  # SAEs trained on one pass over the data at most: bounds the memory
-    prefetch: int = Field(0, ge=0)  # batches made ahead; worth it where a GPU trains
-
-    NO_EFFECT: ClassVar = {"checkpoint_seconds", "together", "prefetch"}  # change no weight
-
-
-class Chain(CoreSettings):
-    """A further distillation chain beside the main one: its own seed or core settings."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    seed: int = 0
-
-
-class DistillConfig(Section):
-    cycles: Positive = 7
-    coverage: Fraction = 0.9
-    aggregator: Aggregator = "mean_abs"
-    quantile: Fraction = 0.99
-    final_core: Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"] = "last_two"
-    chains: list[Chain] = []
-
-
-class RetrainConfig(Section):
-    ks: list[Positive]
-    seeds: list[int] = [0, 1, 2]
-    arms: list[Arm] = ["none", "distilled"]  # trained at every k with every seed
-    controls: dict[Arm, Positive] = {}  # number of seeds (draws) of each control arm
-    controls_at: list[Positive] | None = None  # None: at training.k only
-
-
-class SaebenchConfig(Section):
-    arms: list[Arm] = ["none", "distilled"]  # those scored, seven seconds each on two cores
-    probing_sets: list[str] | None = None  # None: the fixed list of dmsae_lib.corpus; [] : none
-    probing_ks: list[Positive] = Field([1, 5], min_length=1)
-    core_rows: Positive = 64
-    seed: int = 0
-
-    def decisive(self) -> dict[str, Any]:
-        """What the scores of one SAE depend on."""
-        return self.model_dump(exclude={"arms"})
 
 
 class RunConfig(Section):
@@ -161,6 +65,8 @@ class RunConfig(Section):
             raise ValueError("retrain.ks, retrain.seeds and retrain.arms need one entry at least")
         if twice := set(retrain.arms) & set(retrain.controls):
             raise ValueError(f"retrain.controls names {sorted(twice)}: retrain.arms has it already, with every seed")
+        if wrong := set(retrain.imported) & set(ARMS):
+            raise ValueError(f"retrain.imported names {sorted(wrong)[0]}, which is an arm of our own: choose another name")
         for arm, n in retrain.controls.items():
             if n > len(retrain.seeds):
                 raise ValueError(f"retrain.controls asks for {n} seeds of {arm}: retrain.seeds = {retrain.seeds} has fewer")
@@ -203,6 +109,11 @@ class RunConfig(Section):
         if k in self.control_ks:
             arms += [(arm, seed) for arm, n in self.retrain.controls.items() for seed in self.retrain.seeds[:n]]
         return arms
+
+    @property
+    def imported(self) -> list[tuple[int, str, int]]:
+        """The SAEs trained elsewhere as (k, arm, seed): (0, name, 0), since no k of ours is theirs."""
+        return [(0, name, 0) for name in self.retrain.imported]
 
     @property
     def hash(self) -> str:
@@ -293,6 +204,7 @@ class Run:
         return self.folder / "retrain" / f"k{k}" / f"{arm}-seed{seed}"
 
     def scores(self, k: int, arm: str, seed: int) -> Path:
+        """The folder with one artefact per SAEBench eval and evaluation seed."""
         return self.folder / "saebench" / f"k{k}" / f"{arm}-seed{seed}"
 
 

@@ -1,6 +1,7 @@
 """Our SAEs and models as sae_bench wants them, and its side effects kept away from the rest of the process."""
 
 import contextlib
+import gc
 import io
 import random
 import warnings
@@ -61,6 +62,7 @@ def undisturbed() -> Iterator[None]:
 
     grad, before = torch.is_grad_enabled(), torch.get_num_threads()
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    gc.freeze()  # sae_bench collects garbage after every batch: what was there before need not be looked through
     try:
         with (threadpool_limits(1), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()),
               contextlib.redirect_stderr(io.StringIO())):
@@ -68,6 +70,7 @@ def undisturbed() -> Iterator[None]:
             torch.set_num_threads(1)
             yield
     finally:
+        gc.unfreeze()
         torch.set_grad_enabled(grad)
         torch.set_num_threads(before)
         torch.set_rng_state(states[0])

@@ -74,8 +74,9 @@ def run_probing(sae: MatryoshkaSAE, model: LanguageModel, sets: Sequence[str], k
                 seed: int) -> dict[str, Any]:  # fmt: skip
     """sae_bench's sparse probing of an SAE: the k latents of largest mean difference, then a logistic probe.
 
-    Returns ``{"n_sets", "ks", "mean": {k: scores}, "sets": {set: {k: scores}}}`` with k as text and scores =
-    {accuracy, auc, f1 (weighted)} on the held-out texts. Model activations are cached in ``folder``; results never are,
+    Returns ``{"metrics", "mean": {k: scores}, "sets": {set: {k: scores}}}`` with k as text and scores = {accuracy, auc,
+    f1 (weighted)} on the held-out texts; ``metrics`` are the mean accuracies, ``probe_top<k>``. ``seed`` splits the texts
+    and draws the training set's. Model activations are cached in ``folder``; results never are,
     because sae_probes takes up an old result of the same name.
     """
     if max(ks) > sae.d_sae:
@@ -97,7 +98,7 @@ def run_probing(sae: MatryoshkaSAE, model: LanguageModel, sets: Sequence[str], k
                            f"sets and ks = {list(ks)}: it left something out without saying so.")
     by_set = {name: {str(k): _scores(scores[name][k]) for k in ks} for name in sets}
     mean = {str(k): _scores(results[0]["sae_metrics_by_k"][k]) for k in ks}
-    return {"n_sets": len(sets), "ks": list(ks), "mean": mean, "sets": by_set}
+    return {"metrics": {f"probe_top{k}": scores["accuracy"] for k, scores in mean.items()}, "mean": mean, "sets": by_set}
 
 
 def _scores(found: dict[str, float]) -> dict[str, float]:
@@ -110,16 +111,23 @@ def probing_baselines(workers: Workers, sets: Sequence[str], folder: Path, seed:
     ``dense``: sae_probes' own baseline, a logistic probe on all channels of the residual stream. ``best_channel``: the
     one-latent probe on the channel with the largest training AUC (a stronger choice than the mean difference by which
     latents are picked). ``majority``: the share of the larger class; the sets are balanced.
-    Returns ``{"sets": {set: {n_train, n_test, channel, dense, best_channel, majority}}, "mean": {the last three}}``.
+    Returns ``{set: {n_train, n_test, channel, dense, best_channel, majority}}``.
     """
     prepare_probing(workers, sets, folder)
     by_set = dict(workers.run(partial(_baselines, folder=Path(folder), seed=seed), dict(zip(sets, sets))))
-    found = {name: by_set[name] for name in sets}
-    mean: dict[str, Any] = {
-        kind: {metric: float(np.mean([one[kind][metric] for one in found.values()])) for metric in METRICS}
-        for kind in ("dense", "best_channel")
-    }
-    return {"sets": found, "mean": mean | {"majority": float(np.mean([one["majority"] for one in found.values()]))}}
+    return {name: by_set[name] for name in sets}
+
+
+def suitable(baselines: dict[str, Any], at_least: float) -> tuple[str, ...]:
+    """The sets whose classes a dense probe tells apart with this accuracy: in the others there is nothing to find."""
+    return tuple(name for name, row in baselines.items() if row["dense"]["accuracy"] >= at_least)
+
+
+def mean_baselines(baselines: dict[str, Any], sets: Sequence[str]) -> dict[str, float]:
+    """Mean accuracies over ``sets``: {dense, best_channel, majority}."""
+    rows = [baselines[name] for name in sets]
+    found = {kind: float(np.mean([row[kind]["accuracy"] for row in rows])) for kind in ("dense", "best_channel")}
+    return found | {"majority": float(np.mean([row["majority"] for row in rows]))}
 
 
 def _baselines(model: LanguageModel, name: str, folder: Path, seed: int) -> dict[str, Any]:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_models import BOS, save_model
 
-from dmsae_lib import saebench, saebench_probing
+from dmsae_lib import saebench, saebench_core, saebench_probing
 from dmsae_lib.artifacts import Artifact, UserError, load, write
-from dmsae_lib.config import ModelConfig, SaebenchConfig
-from dmsae_lib.corpus import PROBING_SETS
 from dmsae_lib.language_model import LanguageModel, usable_positions
 from dmsae_lib.sae import MatryoshkaSAE, save_sae
+from dmsae_lib.saebench import Task
 from dmsae_lib.saebench_adapter import cache_name, undisturbed
+from dmsae_lib.settings import ModelConfig, RetrainConfig, SaebenchConfig, SuiteConfig
 from dmsae_lib.workers import Workers
 
 SETS = ["145_disease_class_digestive system diseases", "105_click_bait"]  # 1052 and 2568 texts
@@ -96,18 +96,18 @@ def core_sae(model: LanguageModel, seed: int = 0) -> MatryoshkaSAE:
 def test_core_gives_an_exact_reconstruction_1_and_zero_ablation_0(model):
     # The hook is the last layer's: below it, positions left alone (BOS) would still reach the others by attention.
     tokens = greedy_rows(model)
-    exact = saebench.run_core(identity_sae(model.d_model), model, tokens)
+    exact = saebench_core.run_core(identity_sae(model.d_model), model, tokens)
     assert exact["ce_loss_with_ablation"] > exact["ce_loss_without_sae"] + 1  # there is something to recover
     assert exact["ce_loss_score"] == pytest.approx(1, abs=1e-6)
     assert exact["l0"] == model.d_model and exact["cossim"] == pytest.approx(1, abs=1e-5)
-    nothing = saebench.run_core(zero_sae(model.d_model), model, tokens)
+    nothing = saebench_core.run_core(zero_sae(model.d_model), model, tokens)
     assert nothing["ce_loss_score"] == pytest.approx(0, abs=1e-6)
     assert nothing["l0"] == 0 and nothing["cossim"] is None
 
 
 def test_core_agrees_with_a_plain_recomputation(llama):
     tokens, sae = greedy_rows(llama), core_sae(llama)
-    found = saebench.run_core(sae, llama, tokens)
+    found = saebench_core.run_core(sae, llama, tokens)
     ids = torch.from_numpy(tokens)
     usable = usable_positions(ids, torch.full((len(ids),), CONTEXT), llama.bos)
     active = sae.encode(llama.lower(ids)[usable]) > 0
@@ -127,9 +127,9 @@ def test_core_agrees_with_a_plain_recomputation(llama):
 
 def test_core_counts_every_row_once_whatever_the_batch(llama):
     tokens, sae = greedy_rows(llama, rows=6), core_sae(llama)
-    whole = saebench.run_core(sae, llama, tokens, batch_rows=6)
+    whole = saebench_core.run_core(sae, llama, tokens, batch_rows=6)
     for batch_rows in (1, 4):  # 4 does not divide 6
-        assert saebench.run_core(sae, llama, tokens, batch_rows)["l0"] == pytest.approx(whole["l0"], rel=1e-6)
+        assert saebench_core.run_core(sae, llama, tokens, batch_rows)["l0"] == pytest.approx(whole["l0"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kept", [2**29, 400_000, 0])  # every batch, one of its two passes, none
@@ -137,24 +137,24 @@ def test_passes_without_an_sae_are_shared_and_change_nothing(llama, monkeypatch,
     tokens = greedy_rows(llama)
     batch = len(tokens) * CONTEXT * llama.bridge.cfg.d_vocab * 4
     assert 2 * batch > 400_000 > 1.2 * batch
-    monkeypatch.setattr(saebench, "SHARED_BYTES", kept)
-    monkeypatch.setattr(saebench.SharedPasses, "known", WeakKeyDictionary())
+    monkeypatch.setattr(saebench_core, "SHARED_BYTES", kept)
+    monkeypatch.setattr(saebench_core.SharedPasses, "known", WeakKeyDictionary())
     saes = [core_sae(llama), identity_sae(llama.d_model)]
     alone = []
     for sae in saes:
-        saebench.SharedPasses.known.clear()
-        alone.append(saebench.run_core(sae, llama, tokens))
-    saebench.SharedPasses.known.clear()
+        saebench_core.SharedPasses.known.clear()
+        alone.append(saebench_core.run_core(sae, llama, tokens))
+    saebench_core.SharedPasses.known.clear()
     full = []  # passes through the whole model
     handle = llama.bridge.unembed.register_forward_hook(lambda *_: full.append(1))
     try:
-        assert [saebench.run_core(sae, llama, tokens) for sae in (*saes, *saes)] == [*alone, *alone]
+        assert [saebench_core.run_core(sae, llama, tokens) for sae in (*saes, *saes)] == [*alone, *alone]
     finally:
         handle.remove()
     assert len(full) == {2**29: 2 + 4, 400_000: 1 + 4 + 4, 0: 3 * 4}[kept]
     other = greedy_rows(llama)
     other[0, 1] += 1
-    assert saebench.run_core(saes[0], llama, other)["ce_loss_without_sae"] != alone[0]["ce_loss_without_sae"]
+    assert saebench_core.run_core(saes[0], llama, other)["ce_loss_without_sae"] != alone[0]["ce_loss_without_sae"]
 
 
 def test_the_process_is_left_as_it_was(llama, tmp_path, planted):
@@ -167,7 +167,7 @@ def test_the_process_is_left_as_it_was(llama, tmp_path, planted):
     torch.set_num_threads(3)
     try:
         before = state()
-        saebench.run_core(core_sae(llama), llama, greedy_rows(llama))
+        saebench_core.run_core(core_sae(llama), llama, greedy_rows(llama))
         saebench_probing.run_probing(core_sae(llama), llama, SETS[:1], [1], tmp_path, seed=0)
         saebench_probing.probing_baselines(Workers(llama), SETS[:1], tmp_path, seed=0)
         with undisturbed():  # some of sae_bench's evals do this
@@ -224,7 +224,8 @@ def test_probing_finds_a_planted_latent_and_nothing_where_there_is_nothing(llama
     found = {"planted": saebench_probing.run_probing(seeing, llama, SETS, [1, 5], tmp_path, seed=0),
              "blind": saebench_probing.run_probing(blinded, llama, SETS, [1, 5], tmp_path, seed=0)}  # fmt: skip
     for scores in found.values():
-        assert (scores["n_sets"], scores["ks"], list(scores["sets"])) == (2, [1, 5], SETS)
+        assert list(scores["sets"]) == SETS
+        assert scores["metrics"] == {f"probe_top{k}": scores["mean"][k]["accuracy"] for k in ("1", "5")}
         for k in ("1", "5"):
             for metric in ("accuracy", "auc", "f1"):
                 average = np.mean([scores["sets"][name][k][metric] for name in SETS])
@@ -243,16 +244,16 @@ def save(folder, sae: MatryoshkaSAE) -> Artifact:
 
 def test_neither_company_nor_processes_decide_a_score(llama, tmp_path, planted):
     settings = SaebenchConfig(probing_sets=SETS, probing_ks=[1, 5])
-    bench = saebench.Bench(settings, greedy_rows(llama), tmp_path / "cache")
-    saes = {name: save(tmp_path / name, sae) for name, sae in (
-        ("planted", probe_sae(llama.d_model, planted)), ("blind", blind(probe_sae(llama.d_model, None), planted)))}  # fmt: skip
-    folders = {name: sae.folder for name, sae in saes.items()}
-    alone = {name: dict(saebench.score_all({name: folder}, bench, Workers(llama)))[name] for name, folder in folders.items()}
-    assert alone["planted"]["sparse_probing"]["mean"]["1"]["accuracy"] > 0.99
-    assert alone["blind"] != alone["planted"]
+    bench = saebench.Bench(settings, greedy_rows(llama), tuple(SETS), tmp_path / "cache")
+    saes = {"none": save(tmp_path / "none", probe_sae(llama.d_model, planted)),
+            "random": save(tmp_path / "random", blind(probe_sae(llama.d_model, None), planted))}  # fmt: skip
+    tasks = {Task(8, arm, 0, name, 0): sae.folder for arm, sae in saes.items() for name in ("core", "sparse_probing")}
+    alone = {task: dict(saebench.score_all({task: folder}, bench, Workers(llama)))[task] for task, folder in tasks.items()}
+    probing = {arm: alone[Task(8, arm, 0, "sparse_probing", 0)]["metrics"] for arm in saes}
+    assert probing["none"]["probe_top1"] > 0.99 and probing["random"] != probing["none"]
     two = Workers(llama, 2)
     try:
-        assert dict(saebench.score_all(folders, bench, two)) == alone
+        assert dict(saebench.score_all(tasks, bench, two)) == alone
         one = saebench_probing.probing_baselines(Workers(llama), SETS, bench.cache, seed=0)
         assert saebench_probing.probing_baselines(two, SETS, bench.cache, seed=0) == one
         ours = saebench_probing.prepare_probing(two, [SHORT, SETS[1]], tmp_path / "by two")  # not planted there
@@ -264,33 +265,61 @@ def test_neither_company_nor_processes_decide_a_score(llama, tmp_path, planted):
             assert torch.equal(there, torch.from_numpy(plain_activations(llama, name)))
 
 
-def test_scores_are_known_by_sae_and_settings(llama, tmp_path):
-    settings = SaebenchConfig(probing_sets=[])
+def test_scores_are_known_by_sae_and_by_the_settings_that_decide_them(llama, tmp_path):
+    settings, core = SaebenchConfig(probing_sets=[]), Task(8, "none", 0, "core", 0)
     sae, other = save(tmp_path / "a", core_sae(llama)), save(tmp_path / "b", core_sae(llama, seed=1))
-    bench = saebench.Bench(settings, greedy_rows(llama), tmp_path)
-    assert not saebench.is_scored(tmp_path / "scores", sae, settings)
-    scores = dict(saebench.score_all({"a": sae.folder}, bench, Workers(llama)))["a"]
-    assert scores["core_eval"] == saebench.run_core(core_sae(llama), llama, bench.rows) and scores["sparse_probing"] is None
-    with write(tmp_path / "scores", "scores") as writer:
-        writer.json("scores.json", {"sae": sae.hash, "settings": settings.decisive()} | scores)
-    assert saebench.is_scored(tmp_path / "scores", sae, settings)
-    assert not saebench.is_scored(tmp_path / "scores", other, settings)
-    assert not saebench.is_scored(tmp_path / "scores", sae, SaebenchConfig(probing_sets=[], core_rows=3))
-    assert saebench.Bench(SaebenchConfig(), bench.rows, tmp_path).sets == list(PROBING_SETS)
+    bench = saebench.Bench(settings, greedy_rows(llama), (), tmp_path)
+    assert not saebench.is_scored(core, tmp_path / "scores", sae, settings)
+
+    def keep(task: Task) -> dict:
+        result = dict(saebench.score_all({task: sae.folder}, bench, Workers(llama)))[task]
+        with write(tmp_path / "scores", "scores") as writer:
+            about = {"sae": sae.hash, "settings": saebench.depends(task.name, settings)}
+            writer.json("scores.json", about | {"result": result})
+        return result
+
+    assert keep(core)["metrics"] == saebench_core.run_core(core_sae(llama), llama, bench.rows)
+    assert saebench.is_scored(core, tmp_path / "scores", sae, settings)
+    assert not saebench.is_scored(core, tmp_path / "scores", other, settings)
+    assert not saebench.is_scored(core, tmp_path / "scores", sae, SaebenchConfig(probing_sets=[], core_rows=3))
+    assert saebench.is_scored(core, tmp_path / "scores", sae, SaebenchConfig(probing_ks=[3]))  # does not concern core
+    probing = core._replace(name="sparse_probing")
+    result = keep(probing)
+    assert result["metrics"] == {} and "no set that a probe on all channels can do" in result["not_run"]
+    assert not saebench.is_scored(probing, tmp_path / "scores", sae, settings)  # it may run another time
+
+
+def test_the_suite_spares_what_is_scored_already_and_draws_again_on_the_first_training_seed_alone():
+    saes = [(k, arm, seed) for k in (4, 8) for arm in ("none", "distilled", "random") for seed in (0, 1)]
+    retrain = RetrainConfig(ks=[4, 8], seeds=[0, 1])
+    settings = SaebenchConfig(suite=SuiteConfig(evals=["core", "sparse_probing", "absorption"], ks=[8], eval_seeds=[0, 5]))
+    assert {task.name for task in saebench.reproduced_tasks(settings, saes)} == {"core", "sparse_probing"}
+    found = saebench.suite_tasks(settings, retrain, saes)
+    assert not set(found) & set(saebench.reproduced_tasks(settings, saes)) and len(set(found)) == len(found)
+    arms = ("none", "distilled")
+    assert set(found) == {Task(8, arm, 0, "sparse_probing", 5) for arm in arms} | {
+        Task(8, arm, *rest) for arm in arms for rest in ((0, "absorption", 0), (0, "absorption", 5), (1, "absorption", 0))}
 
 
 def test_baselines(llama, tmp_path, planted):
     from sae_probes import run_baseline_evals
 
     found = saebench_probing.probing_baselines(Workers(llama), SETS, tmp_path, seed=0)
-    bait = found["sets"][SETS[1]]
+    bait = found[SETS[1]]
     assert (bait["n_train"], bait["n_test"], bait["channel"]) == (1024, 1543, 3)
     assert bait["dense"]["accuracy"] > 0.99 > bait["best_channel"]["accuracy"] > 0.9
-    assert bait["majority"] == pytest.approx(0.5, abs=0.001) and set(found["mean"]) == {"dense", "best_channel", "majority"}
+    assert bait["majority"] == pytest.approx(0.5, abs=0.001)
+    mean, dense = saebench_probing.mean_baselines(found, SETS), found[SETS[0]]["dense"]["accuracy"]
+    assert mean["dense"] == pytest.approx(np.mean([found[name]["dense"]["accuracy"] for name in SETS]))
+    assert saebench_probing.suitable(found, 0.9) == tuple(SETS)
+    found[SETS[0]]["dense"]["accuracy"] = 0.89
+    assert saebench_probing.suitable(found, 0.9) == (SETS[1],)
+    found[SETS[0]]["dense"]["accuracy"] = 0.9
+    assert saebench_probing.suitable(found, 0.9) == tuple(SETS)
     run_baseline_evals(model_name=cache_name(llama), hook_name=llama.hook_name, setting="normal", method="logreg",
                        results_path=tmp_path / "theirs", model_cache_path=tmp_path, datasets=SETS[:1], device="cpu", seed=0)
     (file,) = (tmp_path / "theirs").rglob("*.json")
-    assert json.loads(file.read_text())[0]["test_acc"] == found["sets"][SETS[0]]["dense"]["accuracy"]
+    assert json.loads(file.read_text())[0]["test_acc"] == dense
 
 
 def test_activations_are_those_of_sae_probes_and_of_this_model_alone(model, llama, tmp_path):
@@ -335,14 +364,14 @@ def test_bad_input_is_one_sentence(llama, tmp_path, planted):
     with pytest.raises(UserError, match=r"saebench.probing_ks is \[1, 11\]: an SAE has 10 latents"):
         saebench_probing.run_probing(sae, llama, SETS, [1, 11], tmp_path, seed=0)
     with pytest.raises(UserError, match="reads 8 channels"):
-        saebench.run_core(identity_sae(8), llama, greedy_rows(llama))
+        saebench_core.run_core(identity_sae(8), llama, greedy_rows(llama))
     with pytest.raises(UserError, match="raise data.test_tokens"):
-        saebench.run_core(sae, llama, np.empty((0, CONTEXT), dtype=np.int64))
+        saebench_core.run_core(sae, llama, np.empty((0, CONTEXT), dtype=np.int64))
 
 
 def test_core_on_an_outside_model(test_model):
     model = load_model(test_model, layer=1)
     ids = model.tokenizer("Once upon a time, there was a little girl. " * 60, add_special_tokens=False)["input_ids"]
     tokens = np.array([[model.bos, *ids[i : i + CONTEXT - 1]] for i in range(0, 4 * CONTEXT, CONTEXT)])
-    found = saebench.run_core(identity_sae(model.d_model), model, tokens)
+    found = saebench_core.run_core(identity_sae(model.d_model), model, tokens)
     assert found["ce_loss_score"] == pytest.approx(1, abs=1e-6) and found["ce_loss_without_sae"] < 4

@@ -1,0 +1,257 @@
+"""SAEBench's evals on the data sets that they were made for: sparse_probing, tpp, scr and core, by their own ``run_eval``.
+
+A data set comes from a local folder that holds it under its Hub name (``<data>/LabHC/bias_in_bios/train.jsonl``, or what
+``hf download --repo-type dataset`` wrote), or else from the Hub. ``HF_HUB_OFFLINE=1`` stands for what is in the Hub's
+cache. sae_bench asks the Hub for two of them, github-code and openwebtext, with ``trust_remote_code``: their own loading
+scripts run on this machine.
+
+Activations and probes that the SAEs share are kept below ``cache``, in a folder named by the hash of all that decides
+them. They are large: 14 GB per set for Gemma-2-2B at sae_bench's sizes.
+"""
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from dmsae_lib.artifacts import hash_json
+from dmsae_lib.atomic import SCRATCH
+from dmsae_lib.language_model import LanguageModel
+from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, our_model, undisturbed
+
+PATIENCE = 3  # seconds for the one request that tells whether the Hub can be reached
+OPENWEBTEXT = "Skylion007/openwebtext"
+LLM_BATCH_TOKENS = 2**12  # sae_bench's 32 rows of 128 for Gemma-2-2B (activation_collection.py); no score depends on it
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Which texts sparse_probing, tpp and scr use. The defaults are sae_bench's."""
+
+    data: Path | None = None  # a local folder to look for the data sets in first
+    sets: Sequence[str] | None = None  # None: those of the eval's configuration in sae_bench
+    train_size: int = 4000  # of a probe, both classes together
+    test_size: int = 1000
+
+
+def hub_out_of_reach() -> str | None:
+    """Why the Hub cannot be reached, in words; None where it can. One request and no retry."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        answer = get_session().head(constants.ENDPOINT, timeout=PATIENCE, follow_redirects=True)
+    except Exception as error:  # the client's kinds change from release to release
+        return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+    return f"{constants.ENDPOINT} answers {answer.status_code}" if answer.status_code >= 400 else None
+
+
+def get_dataset(name: str, *which: str, data: Path | None = None, **options: Any) -> Any:
+    """``datasets.load_dataset(name, *which, **options)``, from ``<data>/<name>[/<which>]`` where that folder is there.
+
+    Raises NotRun where neither the folder nor the Hub (offline: its cache) gives it.
+    """
+    from datasets import load_dataset
+
+    if data is not None and (folder := Path(data) / name).is_dir():
+        if which and (folder / which[0]).is_dir():
+            folder, which = folder / which[0], ()
+        return load_dataset(str(folder), *which, **{key: options[key] for key in ("split", "streaming") if key in options})
+    reason, place = hub_out_of_reach(), "" if data is None else f" and there is no {Path(data) / name}"
+    if reason and "OFFLINE" not in reason:  # offline, what is in the cache is found without a request
+        raise NotRun(f"it needs the data set {name}, but {reason}{place}")
+    try:
+        return load_dataset(name, *which, **options)
+    except Exception as error:  # gated, renamed, not in the cache: each raises kinds of its own
+        why = reason or f"the Hub did not give it ({type(error).__name__}: {str(error).partition(chr(10))[0][:200].rstrip('.')})"
+        raise NotRun(f"it needs the data set {name}, but {why}{place}") from error
+
+
+@contextlib.contextmanager
+def datasets_from(data: Path | None, *modules: ModuleType) -> Iterator[None]:
+    """Each module's ``load_dataset`` is :func:`get_dataset`."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch.object(module, "load_dataset", partial(get_dataset, data=data)))
+        yield
+
+
+def run_kept(run: Callable[[str], dict[str, Any]], cache: Path, eval_name: str, config: Any, data: Path | None) -> dict[str, Any]:
+    """``run(artifacts_path)`` of an eval with what sae_bench keeps there for all SAEs already made.
+
+    It is made in a folder that moves into ``cache`` when it is whole, and then used: sae_bench's random numbers come out
+    otherwise in the run that makes it. The name is the hash of ``config`` (which names the model by content) and files.
+    """
+    files = [] if data is None else [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+                                     for path in sorted(Path(data).resolve().rglob("*")) if path.is_file()]  # fmt: skip
+    place = Path(cache) / f"{eval_name}-{hash_json([asdict(config), files])[:16]}"
+    if not place.is_dir():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.parent) as scratch:
+            (fresh := Path(scratch) / "artifacts").mkdir()
+            run(str(fresh))
+            with contextlib.suppress(OSError):  # another worker was first
+                os.rename(fresh, place)
+    return run(str(place))
+
+
+class ProbesAsTensors:
+    """Takes the place of pickle in scr_and_tpp: its probes as a file of tensors and numbers, which can hold no code."""
+
+    @staticmethod
+    def dump(found: dict[str, Any], handle: Any) -> None:
+        weights = {name: probe.state_dict() for name, probe in found["llm_probes"].items()}
+        accuracies = {name: float(value) for name, value in found["llm_test_accuracies"].items()}
+        torch.save({"weights": weights, "llm_test_accuracies": accuracies}, handle)
+
+    @staticmethod
+    def load(handle: Any) -> dict[str, Any]:
+        from sae_bench.evals.sparse_probing.probe_training import Probe
+
+        found, probes = torch.load(handle, weights_only=True), {}
+        for name, state in found["weights"].items():
+            weight = state["net.weight"]
+            probes[name] = Probe(weight.shape[1], weight.dtype).to(weight.device)
+            probes[name].load_state_dict(state)
+        return {"llm_probes": probes, "llm_test_accuracies": found["llm_test_accuracies"]}
+
+
+@contextlib.contextmanager
+def under_any_name(model: LanguageModel) -> Iterator[None]:
+    """:func:`our_model` also for the functions that check by jaxtyping that the model is a HookedTransformer."""
+    from jaxtyping import config
+
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    try:
+        with our_model(model):
+            yield
+    finally:
+        config.update("jaxtyping_disable", before)
+
+
+@contextlib.contextmanager
+def _with_float_activations(model: LanguageModel) -> Iterator[None]:
+    """:func:`under_any_name` with activations in the SAE's precision, whatever the model's."""
+    from sae_bench.sae_bench_utils import activation_collection
+
+    plain = activation_collection.get_llm_activations
+    with under_any_name(model), patch.object(activation_collection, "get_llm_activations",
+                                             lambda *given, **options: plain(*given, **options).float()):  # fmt: skip
+        yield
+
+
+def _settings(model: LanguageModel, adapter: Adapter, seed: int, texts: Texts) -> dict[str, Any]:
+    """What the configurations of sparse_probing and of scr_and_tpp have in common."""
+    context = min(128, model.config.context_size)
+    shared = {"random_seed": seed, "model_name": cache_name(model), "llm_dtype": adapter.cfg.dtype, "context_length": context,
+              "llm_batch_size": max(1, LLM_BATCH_TOKENS // context)}  # fmt: skip
+    return shared if texts.sets is None else shared | {"dataset_names": list(texts.sets)}
+
+
+def only_result(results: dict[str, Any], eval_name: str) -> dict[str, Any]:
+    """The one entry of what a ``run_eval`` of sae_bench returned for one SAE; RuntimeError for more or fewer."""
+    if len(results) != 1:
+        raise RuntimeError(f"sae_bench's {eval_name} gave {len(results)} results for one SAE.")
+    return next(iter(results.values()))
+
+
+def finite(found: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers, None for NaN and infinity; entries that are None, settings that were not asked for, are left out."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in found.items() if value is not None}
+
+
+def run_sparse_probing_hub(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: int,
+                           texts: Texts = Texts()) -> dict[str, Any]:  # fmt: skip
+    """sae_bench's original sparse probing: logistic probes on the k latents of largest mean difference, k = 1, 2, 5.
+
+    Returns ``{"metrics": {sae_top_1_test_accuracy, llm_top_1_test_accuracy, ..., sae_test_accuracy (all latents),
+    llm_test_accuracy (all channels)}, "sets": {set: the same}}``. Raises NotRun without the data.
+    """
+    from sae_bench.evals.sparse_probing import main
+    from sae_bench.sae_bench_utils import dataset_utils
+
+    adapter = Adapter(sae, model)
+    config = main.SparseProbingEvalConfig(
+        **_settings(model, adapter, seed, texts), probe_train_set_size=texts.train_size, probe_test_set_size=texts.test_size,
+    )  # fmt: skip
+
+    def run(artifacts: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as out:
+            return main.run_eval(config, [("dmsae", adapter)], str(adapter.device), out, artifacts_path=artifacts)
+
+    with undisturbed(), _with_float_activations(model), datasets_from(texts.data, dataset_utils):
+        found = only_result(run_kept(run, cache, "sparse_probing", config, texts.data), "sparse_probing")
+    by_set = {detail.pop("dataset_name"): finite(detail) for detail in found["eval_result_details"]}
+    return {"metrics": finite(found["eval_result_metrics"]["sae"] | found["eval_result_metrics"]["llm"]),
+            "sets": {name.removesuffix("_results"): values for name, values in by_set.items()}}
+
+
+def run_scr_and_tpp_hub(sae: MatryoshkaSAE, model: LanguageModel, scr: bool, cache: Path, seed: int,
+                        texts: Texts = Texts()) -> dict[str, Any]:  # fmt: skip
+    """sae_bench's spurious correlation removal (``scr``) or targeted probe perturbation, on its own class pairs.
+
+    Ablates the n latents of largest effect, for those of sae_bench's n = 2 ... 500 that the SAE has. Returns
+    ``{"metrics": {scr_metric_threshold_n or tpp_threshold_n_total_metric, ...}, "sets": {set and pair: the same}}``. A
+    threshold's scr_metric is the mean over the pairs without a tie, and missing where all are tied. Raises NotRun without
+    the data.
+    """
+    from sae_bench.evals.scr_and_tpp import dataset_creation, main
+    from sae_bench.sae_bench_utils import dataset_utils
+
+    adapter, name = Adapter(sae, model), "scr" if scr else "tpp"
+    config = main.ScrAndTppEvalConfig(
+        **_settings(model, adapter, seed, texts), perform_scr=scr, train_set_size=texts.train_size, test_set_size=texts.test_size,
+    )  # fmt: skip
+    config.n_values = [n for n in config.n_values if n <= sae.d_sae]
+
+    def run(artifacts: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as out:
+            return main.run_eval(config, [("dmsae", adapter)], str(adapter.device), out, artifacts_path=artifacts)
+
+    with (undisturbed(), _with_float_activations(model), datasets_from(texts.data, dataset_utils, dataset_creation),
+          patch.object(main, "pickle", ProbesAsTensors)):  # fmt: skip
+        found = only_result(run_kept(run, cache, name, config, texts.data), name)
+    by_set = {detail.pop("dataset_name"): finite(detail) for detail in found["eval_result_details"]}
+    return {"metrics": finite(found["eval_result_metrics"][f"{name}_metrics"]),
+            "sets": {name.removesuffix("_results"): values for name, values in by_set.items()}}
+
+
+def run_core_hub(sae: MatryoshkaSAE, model: LanguageModel, data: Path | None = None, reconstruction_batches: int = 200,
+                 variance_batches: int = 2000, batch_rows: int = 16) -> dict[str, Any]:  # fmt: skip
+    """sae_bench's core metrics on openwebtext, special tokens neither reconstructed nor counted.
+
+    As many rows as in the command that sae_bench/evals/core/main.py gives, 3,200 for the losses and 32,000 for the rest.
+    Returns ``{"metrics": {ce_loss_score, l0, explained_variance, ...}}``, None where one is undefined. sae_bench shuffles
+    the texts by a seed of its own, 42. Raises NotRun without the data.
+    """
+    from sae_bench.evals.core import main
+    from sae_lens.training import activations_store
+
+    adapter = Adapter(sae, model)
+    # multiple_evals would try four times, and then say nothing but an empty list
+    get_dataset(OPENWEBTEXT, data=data, split="train", streaming=True, trust_remote_code=True)
+    with (undisturbed(), under_any_name(model), datasets_from(data, activations_store), tempfile.TemporaryDirectory() as out,
+          patch.object(main.logger, "error") as said):  # fmt: skip
+        results = main.multiple_evals(
+            [("dmsae", adapter)], reconstruction_batches, variance_batches, eval_batch_size_prompts=batch_rows,
+            exclude_special_tokens_from_reconstruction=True, dataset=OPENWEBTEXT, device=str(adapter.device),
+            compute_featurewise_density_statistics=True, compute_featurewise_weight_based_metrics=True,  # it fails without
+            context_size=min(128, model.config.context_size), output_folder=out, dtype=adapter.cfg.dtype,
+        )  # fmt: skip
+    if len(results) != 1:
+        raise RuntimeError(f"sae_bench's core gave {len(results)} results for one SAE: {said.call_args}")
+    groups = {group: values for group, values in results[0]["metrics"].items() if group != "token_stats"}
+    return {"metrics": finite({name: value for values in groups.values() for name, value in values.items()})}

@@ -1,0 +1,43 @@
+"""A tiny model whose residual stream says which of a few characters stands at a position, and SAEs that read it or not."""
+
+from pathlib import Path
+
+import torch
+from tiny_models import save_model
+
+from dmsae_lib.language_model import LanguageModel
+from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.settings import ModelConfig
+
+PLANTED = "ABCDEFGHIJ"  # the i-th has channel i of the residual stream for itself
+NOISE = "MNOPQRSTUVWXYZ"
+SIZE = 8.0  # of a planted channel
+CONTEXT = 32
+
+
+def planted_model(folder: Path, dtype: str = "float32", stir: float = 0.05) -> LanguageModel:
+    """Two layers, hooked after the first, which adds only ``stir`` times what it would to the embeddings."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_model(folder, context=CONTEXT)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        embedding = model.model.embed_tokens.weight
+        embedding[:, : len(PLANTED)] = 0
+        for channel, character in enumerate(PLANTED):
+            (token,) = tokenizer.encode(character, add_special_tokens=False)
+            embedding[token] = 0
+            embedding[token, channel] = SIZE
+        for part in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+            part.weight.mul_(stir)
+    model.save_pretrained(folder)
+    return LanguageModel(ModelConfig(name=str(folder), hook_name="blocks.0.hook_resid_post", context_size=CONTEXT, dtype=dtype))
+
+
+def reading_sae(d_in: int, channels: list[int]) -> MatryoshkaSAE:
+    """Latent i is channel ``channels[i]`` where it is above half the size of a planted one."""
+    rows = torch.eye(d_in)[channels]
+    sae = MatryoshkaSAE(d_in, len(channels), (1,))
+    sae.load_state_dict(sae.state_dict() | {"free_rows": rows, "W_dec": rows})
+    sae.threshold.fill_(SIZE / 2)
+    return sae.requires_grad_(False)
