@@ -14,12 +14,14 @@ from torch import Tensor
 from dmsae_lib import artifacts
 from dmsae_lib.activations import START, Cursor, StoredActivations, StreamedActivations, first_contexts, load_split
 from dmsae_lib.artifacts import Artifact, hash_json
-from dmsae_lib.config import Run, TrainingConfig
+from dmsae_lib.config import Run
 from dmsae_lib.corpus import SPLITS
 from dmsae_lib.evaluation import Lowered, calibrate_threshold, calibration_residuals, evaluate, lower_all
+from dmsae_lib.interop import load_foreign, save_foreign
 from dmsae_lib.language_model import LanguageModel, choose_device
 from dmsae_lib.prefetch import prefetched
 from dmsae_lib.sae import MatryoshkaSAE, save_sae
+from dmsae_lib.settings import TrainingConfig
 from dmsae_lib.training import Trainer, match_frequency, train_saes
 
 MATCH_BATCHES = 8  # batches on which `core_bias_init: match_frequency` measures
@@ -119,6 +121,32 @@ def fit(jobs: Sequence[Job], harvest: Harvest, report: Callable[[str], None] = p
         for start in range(0, len(members), together):
             _fit_together(members[start : start + together], harvest, report)
     return [artifact or artifacts.load(job.folder, "sae") for job, artifact in zip(jobs, found)]
+
+
+def adopt(folder: Path, where: str, harvest: Harvest, record: dict[str, Any], as_cycle_0: bool = False) -> Artifact:
+    """The artefact of an SAE that was trained elsewhere, measured as ours are, at its own thresholds.
+
+    ``as_cycle_0`` puts it into our form and gauge, so that a core is distilled from it as from our own; else it is kept as
+    its own library computes it, to compare with. Raises UserError where it does not fit the run's model or cannot be used.
+    """
+    config, model = harvest.run.config, harvest.model
+    foreign, scale = load_foreign(where, model), harvest.record["scale"]
+    sae = foreign.source(scale, config.distill.from_prefixes) if as_cycle_0 else foreign
+    parents = {"harvest": harvest.artifact.hash, "settings": hash_json([config.threads, sae.prefixes]), "source": foreign.hash}
+    if (folder / "manifest.json").is_file():
+        found = artifacts.load(folder, "sae")
+        if found.parents == dict(sorted(parents.items())):
+            return found
+    with artifacts.write(folder, "sae", parents) as writer:
+        measured = evaluate(sae.folded(scale) if as_cycle_0 else sae, model, harvest.splits["test"], harvest.record["clean_loss"],
+                            harvest.record["zero_loss"], as_cycle_0, harvest.tested)  # fmt: skip
+        if as_cycle_0:
+            save_sae(writer, sae, scale)
+        else:
+            save_foreign(writer, foreign)
+        writer.json("metrics.json", record | measured | {"d_sae": sae.d_sae, "core_size": 0, "prefixes": list(sae.prefixes),
+                                                         "imported": foreign.record})  # fmt: skip
+    return artifacts.load(folder, "sae")
 
 
 def _fit_together(jobs: Sequence[Job], harvest: Harvest, report: Callable[[str], None]) -> None:

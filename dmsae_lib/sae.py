@@ -4,7 +4,7 @@ Latents 0:c are the core: their encoder rows are a buffer, so no optimiser, clip
 Latents c:d_sae are free. A reconstruction from prefix m uses all of the core and the first m free latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ class MatryoshkaSAE(nn.Module):
         core_rows: (c, d_in) buffer, the frozen encoder rows.
         free_rows: (d_sae - c, d_in) parameter, the encoder rows of the free latents.
         W_dec: (d_sae, d_in); b_enc: (d_sae,); b_dec: (d_in,).
-        threshold, threshold_ema: () float64, in units of an activation; the first is the calibrated one.
+        threshold, threshold_ema: () float64, in units of an activation; the first is the calibrated one. An SAE that was
+            trained elsewhere may have one for each latent, (d_sae,).
     """
 
     def __init__(self, d_in: int, d_sae: int, prefixes: Sequence[int], core_rows: Tensor | None = None,
@@ -61,6 +62,12 @@ class MatryoshkaSAE(nn.Module):
         self.free_rows.copy_(self.W_dec[self.n_core :])
         self.b_enc.zero_()
         self.b_dec.copy_(geometric_median(first_batch))
+
+    def load_state_dict(self, state: Mapping[str, Tensor], **options: bool) -> object:
+        """As torch's; an SAE from elsewhere may have thresholds (d_sae,)."""
+        for name in ("threshold", "threshold_ema"):
+            setattr(self, name, getattr(self, name).new_empty(state[name].shape))
+        return super().load_state_dict(state, **options)
 
     @property
     def W_enc(self) -> Tensor:

@@ -1,0 +1,54 @@
+"""A run's folder with a harvest's record and one SAE of random weights, as large as the exchange of formats needs."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dmsae_lib.artifacts import Artifact, load, write
+from dmsae_lib.language_model import LanguageModel, describe
+from dmsae_lib.sae import MatryoshkaSAE, save_sae
+
+D_SAE, PREFIXES, CORE, K = 96, (12, 40), 6, 9
+KINDS = [(CORE, "relu"), (CORE, "batchtopk"), (0, "relu"), (0, "batchtopk")]  # size of the core, core_sparsity
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def residuals(model: LanguageModel, rows: int = 32, seed: int = 0) -> Tensor:
+    """(n, d_in), BOS left out."""
+    tokens = torch.randint(3, 300, (rows, model.config.context_size), generator=torch.Generator().manual_seed(seed))
+    tokens[:, 0] = model.bos
+    return model.lower(tokens)[:, 1:].flatten(0, 1)
+
+
+def make_sae(d_in: int, x: Tensor, core: int = CORE, core_sparsity: str = "relu") -> MatryoshkaSAE:
+    """No weight is zero or twice the same; decoder rows have norm 1; the threshold lets about one latent in ten pass on
+    ``x``, which is normalised."""
+    rows = torch.nn.functional.normalize(random(core, d_in, seed=1), dim=1) if core else None
+    sae = MatryoshkaSAE(d_in, D_SAE, PREFIXES, rows, core_sparsity).requires_grad_(False)
+    sae.initialise(0, x)
+    for seed, parameter in enumerate(sae.parameters(), start=2):
+        parameter += 0.1 * random(*parameter.shape, seed=seed)
+    sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_dec, dim=1))
+    sae.threshold.fill_(float(sae.pre_activations(x).quantile(0.9)))
+    sae.threshold_ema.copy_(sae.threshold)
+    return sae
+
+
+def write_run(folder: Path, model: LanguageModel, core: int = CORE, core_sparsity: str = "relu",
+              sae: MatryoshkaSAE | None = None, scale: float | None = None) -> Artifact:  # fmt: skip
+    """The artefact of ``sae`` (default: :func:`make_sae`) inside a run."""
+    x = residuals(model)
+    scale = scale or float(x.square().sum(1).mean().sqrt())
+    sae = sae or make_sae(model.d_model, x / scale, core, core_sparsity)
+    with write(folder / "harvest", "harvest") as writer:
+        writer.json("record.json", {"scale": scale, "model": describe(model), "data": {"source": "random"}})
+    harvest = load(folder / "harvest", "harvest")
+    place = folder / "retrain" / f"k{K}" / "distilled-seed0"
+    with write(place, "sae", {"harvest": harvest.hash, "settings": "0" * 64}) as writer:
+        save_sae(writer, sae, scale)
+        writer.json("metrics.json", {"k": K, "L0": {"core": 3.0, "non_core": 6.0, "total": 9.0}, "core": "distilled", "seed": 0})
+    return load(place, "sae")
