@@ -81,7 +81,7 @@ def save_core(writer: artifacts.Writer, core: Core, coverage: float, aggregator:
     writer.json("core.json", core.describe(coverage, aggregator))
 
 
-def load_core(artifact: Artifact) -> Core:
+def read_core(artifact: Artifact) -> Core:
     record = artifact.json("core.json")
     rows = artifact.tensors("core.safetensors")["W_enc"].T.contiguous()
     return Core(record["cycle"], rows, [Latent(**latent) for latent in record["latents"]], record["parent"])

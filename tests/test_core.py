@@ -14,7 +14,7 @@ from dmsae_lib.core import (
     control_core,
     distil,
     final_core,
-    load_core,
+    read_core,
     reading_members,
     save_core,
 )
@@ -99,7 +99,7 @@ def test_save_and_load(cycles, tmp_path):
     with write(tmp_path / "core", "core") as writer:
         save_core(writer, core, 0.8, "mean_abs")
     artifact = load(tmp_path / "core", "core")
-    again = load_core(artifact)
+    again = read_core(artifact)
     assert torch.equal(again.rows, core.rows) and again.rows.dtype == torch.float32
     assert again.latents == core.latents and (again.cycle, again.parent) == (2, "hash1")
     assert artifact.tensors("core.safetensors")["W_enc"].shape == (D_IN, 2)

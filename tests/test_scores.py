@@ -1,0 +1,80 @@
+"""SAEBench in the summary: which evals ran, each SAE's numbers, and differences whose value is known."""
+
+import factory
+import pytest
+
+from dmsae_lib import scores
+from dmsae_lib.claims import FAILS
+from dmsae_lib.results import compare, validate
+from dmsae_lib.saebench import EVALS, Task
+from dmsae_lib.summary import summarise
+
+FULL = "absorption.mean_full_absorption_score"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return factory.build_run(tmp_path, factory.config(cycles=2, ks=(64, 96)))
+
+
+def absorb(run, gain: float = 0.2, jitter: float = 0.01) -> None:
+    """`make saebench` by hand: absorption at k = 64, with two further draws on training seed 0."""
+    for arm in ("none", "distilled"):
+        for seed in (0, 1, 2):
+            for draw in (0, 1, 2) if seed == 0 else (0,):
+                value = 0.3 + 0.05 * seed + (gain + jitter * (seed + 10 * draw) if arm == "distilled" else 0)
+                metrics = {"mean_full_absorption_score": value, "mean_num_split_features": None}
+                factory.write_scores(run, Task(64, arm, seed, "absorption", draw), {"metrics": metrics})
+
+
+def test_differences_are_paired_by_training_seed_and_draws_are_told_apart(run):
+    absorb(run)
+    summary = summarise(run)
+    (row,) = [row for row in summary["differences"] if row["metric"] == FULL]
+    assert (row["k"], row["n"], row["better"], row["sign"]) == (64, 3, -1, "+")
+    assert row["value"] == pytest.approx(0.21, rel=1e-4)  # mean of 0.20, 0.21, 0.22: the seeds' own levels drop out
+    half = 4.302652730 * 0.01 / 3**0.5
+    assert row["interval"] == pytest.approx([0.21 - half, 0.21 + half], rel=1e-4)
+    assert row["evaluation"]["n"] == 3 and row["evaluation"]["value"] == pytest.approx(0.3, rel=1e-4)  # 0.2, 0.3, 0.4
+    distilled = next(r for r in summary["retrain"] if (r["k"], r["core"], r["seed"]) == (64, "distilled", 0))
+    assert distilled["saebench"][FULL] == pytest.approx(0.5)  # the first draw's
+    assert summary["claims"]["C3"]["verdict"] == FAILS  # more is absorbed, not less
+    validate(summary)
+
+
+def test_a_difference_that_the_seeds_do_not_decide_has_no_sign(run):
+    absorb(run, gain=0.001, jitter=0.01)
+    (row,) = [row for row in summarise(run)["differences"] if row["metric"] == FULL]
+    assert row["interval"][0] < 0 < row["interval"][1] and row["sign"] == "?"
+
+
+def test_every_eval_says_whether_it_ran_and_else_why(run):
+    evals = summarise(run)["evals"]
+    assert list(evals) == list(EVALS)
+    # 2 k's x 3 seeds x {none, distilled}
+    assert evals["core"]["scores"] == 12 and evals["core"]["not_run"] is None
+    assert evals["absorption"] == {"needs": EVALS["absorption"].needs, "doubt": "", "scores": 0,
+                                   "not_run": "`make saebench` was not run"}
+    factory.write_scores(run, Task(64, "none", 0, "absorption", 0), {"metrics": {}, "not_run": "the model cannot spell"})
+    summary = summarise(run)
+    assert summary["evals"]["absorption"] | {"needs": ""} == {"needs": "", "doubt": "", "scores": 0,
+                                                             "not_run": "the model cannot spell"}
+    assert not any(row["metric"] == FULL for row in summary["differences"])
+    assert scores.eval_rows({}, asked=())["core"]["not_run"] == "the configuration does not ask for it"
+
+
+def test_a_run_without_the_suite_compares_with_one_that_has_it_in_all_else(run):
+    plain = summarise(run)
+    absorb(run)
+    suite = summarise(run)
+    assert plain["claims"]["C3"] != suite["claims"]["C3"]
+    for fresh, published in ((plain, suite), (suite, plain)):
+        rows = compare(fresh, published)
+        assert all(row["ok"] for row in rows) and len(rows) > 50
+        assert not any("absorption" in row["metric"] or row["metric"] == "claims.C3" for row in rows)
+    both = compare(suite, suite)
+    assert sum("absorption" in row["metric"] for row in both) == 6 and any(row["metric"] == "claims.C3" for row in both)
+    moved = summarise(run)
+    moved["retrain"][0]["saebench"][FULL] += 0.06
+    (row,) = [row for row in compare(moved, suite) if not row["ok"]]
+    assert FULL in row["metric"]
