@@ -8,6 +8,9 @@ RUN =
 SET =
 STAGE = stages
 AS =
+REPO =
+LICENCE =
+PUBLIC =
 PYTHON =
 PY = .venv/bin/python
 TORCH = torch==2.13.0
@@ -30,7 +33,7 @@ ENVIRONMENT = $(if $(filter .venv/bin/python,$(PY)),.venv/.complete)
 WHICH = --config '$(CONFIG)' $(if $(RUN),--run '$(RUN)') $(foreach s,$(SET),--set '$s')
 
 .DEFAULT_GOAL = help
-.PHONY: help setup reproduce stages smoke test test-slow lint base-model status compare publish figures sizing bench bench-environment mend clean lock
+.PHONY: help setup reproduce stages saebench smoke test test-slow lint base-model status compare publish core push-core figures sizing bench bench-environment mend clean lock
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -40,6 +43,7 @@ help: ## list what can be made
 	@echo "RUN=name               name the folder below runs/ yourself"
 	@echo "STAGE=cycle_2_train    for 'make stages': this stage and what it needs"
 	@echo "AS=name                for 'make publish' and 'make figures': the name below results/ and figures/"
+	@echo "REPO=owner/name        for 'make push-core': where to (or a folder); LICENCE=id of the Hub, PUBLIC=1: not private"
 	@echo "PYTHON=python3.12      for 'make setup': which Python; PY=python: use the environment that is active"
 	@echo "TIMEOUT=seconds        limit for one notebook cell (a day); VERBOSE=1: show the notebooks' output as it comes"
 
@@ -52,6 +56,10 @@ stages: $(ENVIRONMENT) ## run the stages that are missing or stale (with -n: pri
 	@command -v $(PY) > /dev/null || { echo "# the stages are listed once 'make setup' has run"; exit 0; }; \
 	$(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" $(STAGE)
 
+saebench: stages ## run the rest of SAEBench (saebench.suite: absorption, TPP, SCR ...), then the summary with it
+	@$(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" saebench_suite
+	@$(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" stages
+
 smoke: ## the whole paper at toy size, in minutes
 	@$(MAKE) --no-print-directory reproduce CONFIG=smoke
 
@@ -63,6 +71,12 @@ status: $(ENVIRONMENT) ## show each stage: missing, stale and why, or present; w
 
 publish: $(ENVIRONMENT) ## copy a finished run to results/ and figures/
 	@$(PY) -m dmsae_lib.manage publish $(WHICH) $(if $(AS),--as '$(AS)')
+
+core: $(ENVIRONMENT) ## write the finished run's core for others to use, runs/<run>/core
+	@$(PY) -m dmsae_lib.manage core $(WHICH)
+
+push-core: $(ENVIRONMENT) ## push the finished run's core with a model card to the Hub, or into a folder (REPO=)
+	@$(PY) -m dmsae_lib.manage push-core $(WHICH) --to '$(REPO)' $(if $(LICENCE),--licence '$(LICENCE)') $(if $(PUBLIC),--public)
 
 figures: $(ENVIRONMENT) ## draw figures/CONFIG again from results/CONFIG alone
 	@$(PY) -m dmsae_lib.manage figures $(WHICH) $(if $(AS),--as '$(AS)')
@@ -92,7 +106,7 @@ clean: ## remove what was computed for CONFIG (or RUN), naming it first; never r
 	@if [ ! -d runs ]; then echo "there is no runs/: nothing to remove"; \
 	else $(PY) -m dmsae_lib.manage clean $(WHICH); fi
 
-test: $(ENVIRONMENT) lint ## lint, unit tests, and every notebook at toy size
+test: $(ENVIRONMENT) .venv-bench/.complete lint ## lint, unit tests, and every notebook at toy size
 	@$(MAKE) --no-print-directory clean CONFIG=smoke > /dev/null # a change of the library makes no stage stale
 	@HF_HUB_OFFLINE=1 $(MAKE) --no-print-directory stages CONFIG=smoke
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow" --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests notebooks

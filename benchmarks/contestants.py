@@ -34,8 +34,8 @@ class Ours:
     """``dmsae_lib.training.Trainer.train_step``, fused Adam and all."""
 
     def __init__(self, case: Case, inputs: dict[str, Tensor], dead: Tensor, device: str, n_core: int = 0):
-        from dmsae_lib.config import TrainingConfig
         from dmsae_lib.sae import MatryoshkaSAE
+        from dmsae_lib.settings import TrainingConfig
         from dmsae_lib.training import Trainer
 
         shape = case.shape

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks.cases import Shape
 from dmsae_lib.artifacts import hash_json
-from dmsae_lib.config import DataConfig, ModelConfig, TrainingConfig
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.seeds import generator
+from dmsae_lib.settings import DataConfig, ModelConfig, TrainingConfig
 from dmsae_lib.training import Trainer
 
 TIMED_BATCHES = 8  # the timed steps cycle through these

@@ -3,15 +3,16 @@
 Modules are stacked in floors and import only from floors below their own (a test holds them to it):
 
 0. ``provenance``, ``atomic``, ``seeds``, ``runtime``
-1. ``artifacts``, then ``config``, which checks a YAML file
+1. ``artifacts`` and ``settings``, then ``config``, which checks a YAML file
 2. ``corpus``, ``language_model``, ``base_model`` and its reference ``ngram``
 3. ``activations``, ``prefetch``, ``sparsity``, ``sae``, ``workers``
 4. ``entries`` (products with sparse activations), ``reference`` (the plain training step), ``attribution``, ``evaluation``,
    ``examples``
-5. ``gradients`` (the training step), ``core``
-6. ``training``, ``arms`` (the control cores), ``saebench`` and its parts
+5. ``gradients`` (the training step), ``core``, ``interop`` and its parts (the formats of other libraries)
+6. ``training``, ``arms`` (the control cores), ``core_format``, ``saebench`` and its parts
 7. ``fit`` (train, calibrate, measure, write SAEs)
-8. ``claims``, ``reviewers``, ``summary``, ``results``, ``plots`` and its parts, ``readme``, ``sizing`` and its stages
+8. ``claims``, ``scores``, ``reviewers``, ``summary``, ``results``, ``plots`` and its parts,
+   ``sizing`` and its stages, ``readme``, ``hub``
 
 ``plan``, ``run_notebook``, ``run_lock`` and ``manage`` stand behind the Makefile.
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dmsae_lib.artifacts import Artifact, UserError, Writer
-from dmsae_lib.config import DataConfig
 from dmsae_lib.language_model import LanguageModel, lowered, next_token_loss, usable_positions
 from dmsae_lib.seeds import generator
+from dmsae_lib.settings import DataConfig
 
 SHARD_ROWS = 2**18  # a shard file is closed once it holds this many activations
 NORM_SAMPLE_ROWS = 64  # contexts from which the median norm is measured

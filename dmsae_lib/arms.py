@@ -8,9 +8,10 @@ from torch import Tensor
 
 from dmsae_lib import artifacts
 from dmsae_lib.artifacts import hash_json
-from dmsae_lib.config import LONGER, Run
-from dmsae_lib.core import Core, Pool, candidate_pool, control_core, final_core, load_core
+from dmsae_lib.config import Run
+from dmsae_lib.core import Core, Pool, candidate_pool, control_core, final_core, read_core
 from dmsae_lib.sae import load_sae
+from dmsae_lib.settings import LONGER
 
 
 @dataclass
@@ -40,7 +41,7 @@ def open_arms(run: Run) -> Arms:
         cycles.append((t, load_sae(sae), frequency))
         parents[f"cycle_{t}"] = sae.hash
     last = artifacts.load(run.cycle(cfg.distill.cycles, "core"), "core", f"stages STAGE=cycle_{cfg.distill.cycles}_distill")
-    return Arms(final_core(load_core(last), cfg.distill.final_core), candidate_pool(cycles), parents | {"core": last.hash})
+    return Arms(final_core(read_core(last), cfg.distill.final_core), candidate_pool(cycles), parents | {"core": last.hash})
 
 
 def core_rows(arms: Arms, arm: str, seed: int) -> tuple[Tensor | None, float | None]:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from dmsae_lib.config import CoreSettings
+from dmsae_lib.settings import CoreSettings
 
 Row = dict[str, Any]
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable"
@@ -32,8 +32,17 @@ CLOSE = 0.01  # C5: how far below the baseline loss recovered may be
 # that margin the baseline's outermost segment is prolonged; beyond it there is nothing to compare with.
 L0_MARGIN = 0.04
 CONTROLS = ("random", "frequency_matched", "random_directions")
-PROBES = {"probe_top1": "sparse probing, top 1", "probe_top5": "sparse probing, top 5"}
-NOT_RUN = ("absorption", "SCR", "TPP", "RAVEL")  # C3 names them; these evaluations are not part of this summary
+AUDITED = "unreliable by arXiv 2605.18229"
+# C3: what DMSAE should win, and what it should not: label, whether "above" is claimed, and the metrics that show it, of
+# which the first that was measured counts (SCR and TPP on sae_bench's own data before ours).
+WINS = [
+    ("sparse probing, top 1", True, ("probe_top1",)),
+    ("sparse probing, top 5", True, ("probe_top5",)),
+    ("full absorption", False, ("absorption.mean_full_absorption_score",)),
+    (f"SCR, {AUDITED}", True, ("scr_hub.scr_metric_threshold_20", "scr.scr_metric_threshold_20")),
+    (f"TPP, {AUDITED}", True, ("tpp_hub.tpp_threshold_20_total_metric", "tpp.tpp_threshold_20_total_metric")),
+]
+NO_WINS = [("loss recovered", False, ("loss_recovered",)), ("RAVEL", False, ("ravel.disentanglement_score",))]
 
 
 def t_interval(values: Iterable[float]) -> list[float] | None:
@@ -161,24 +170,29 @@ def core_is_reselected(distillations: list[list[Row]], m_0: int) -> Row:
 
 
 def beats_baseline(rows: list[Row], k: int) -> Row:
-    """C3: at equal L0, above the Matryoshka baseline in sparse probing at low k, and not above in loss recovered.
+    """C3: at equal L0, above the Matryoshka baseline in sparse probing, SCR and TPP and below it in absorption at low k,
+    and not above it in loss recovered and RAVEL.
 
     ``k`` is the distillation k; "low" is up to it, larger k's are reported and do not decide. Metrics that the claim
     names and that were not run keep it from holding. The claim's value is probing top 1 at the largest low k.
     """
-    ks = bound_ks(rows)
-    probes = [part(label, advantage(rows, "distilled", at, metric).values(), k=at, decides=at <= k)
-              for metric, label in PROBES.items() for at in ks]
-    losses = [part("loss recovered", advantage(rows, "distilled", at, "loss_recovered").values(), above=False, k=at)
-              for at in ks]
-    headline = next((p for p in reversed(probes) if p["part"] == PROBES["probe_top1"] and p["decides"]), None)
-    loss = next((p for p in losses if headline and p["k"] == headline["k"]), None)
-    at = f" at k = {headline['k']}" if headline else ""
-    detail = (f"DMSAE minus baseline at measured L0{at}: probing top 1 {number(headline and headline['value'])}, "
-              f"loss recovered {number(loss and loss['value'])}; {', '.join(NOT_RUN)} were not run.")
-    missing = [part(f"{name} (not run)", []) for name in NOT_RUN]
+    def parts_of(label: str, above: bool, metrics: tuple[str, ...], low: bool) -> list[Row]:
+        for metric in metrics:
+            gains = {at: advantage(rows, "distilled", at, metric).values() for at in bound_ks(rows)}
+            if any(gains.values()):
+                return [part(label, found, above=above, k=at, decides=at <= k or not low) for at, found in gains.items() if found]
+        return [part(f"{label} (not run)", [])]
+
+    wins = [p for claimed in WINS for p in parts_of(*claimed, low=True)]
+    others = [p for claimed in NO_WINS for p in parts_of(*claimed, low=False)]
+    headline = next((p for p in reversed(wins) if p["part"] == WINS[0][0] and p["decides"]), None)
+    at = headline["k"] if headline else None
+    shown = ", ".join(f"{p['part']} {number(p['value'])}" for p in [*wins, *others] if p["k"] == at and p["n"])
+    missing = ", ".join(p["part"].removesuffix(" (not run)") for p in [*wins, *others] if not p["n"])
+    detail = (f"DMSAE minus baseline at measured L0{f' at k = {at}' if headline else ''}: {shown or 'not measured'}"
+              + (f"; not run: {missing}." if missing else "."))
     return _claim("At equal L0 DMSAE beats its Matryoshka baseline on absorption, SCR, TPP and sparse probing at low "
-                  "k, and not on loss recovered and RAVEL.", probes + losses + missing, headline,
+                  "k, and not on loss recovered and RAVEL.", wins + others, headline,
                   "training seed (one distilled core)", detail)
 
 

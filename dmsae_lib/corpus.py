@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import DataConfig
+from dmsae_lib.settings import DataConfig
 
 SPLITS = ("train", "select", "test")
 BETWEEN = re.compile(r"\n\s*\n|<\|endoftext\|>")  # what separates documents in a .txt file

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmsae_lib.artifacts import UserError, sha256_file
-from dmsae_lib.config import ModelConfig
+from dmsae_lib.settings import ModelConfig
 
 EMBEDDED = Path(__file__).parent / "embedded"
 

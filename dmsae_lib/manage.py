@@ -1,4 +1,4 @@
-"""What the Makefile does with finished runs: status, compare, publish, mend, clean.
+"""What the Makefile does with finished runs: status, compare, publish, core, push-core, mend, clean.
 
 ``python -m dmsae_lib.manage status --config default``
 """
@@ -22,10 +22,10 @@ MOVED = 10  # numbers within tolerance that `compare` shows, those nearest to it
 
 
 def stage_state(run: Run, stage: Stage) -> str:
-    """What make would say of a stage, with the reason: ``missing``, ``stale: ...`` or ``present``."""
+    """What make would say of a stage, with the reason: ``missing`` (``optional``), ``stale: ...`` or ``present``."""
     target = run.folder / stage.artefact / "manifest.json"
     if not target.is_file():
-        return "missing"
+        return "optional" if stage.optional else "missing"
     if parameters_changed(run, stage):
         return "stale: parameters changed"
     if not (run.folder / "notebooks" / f"{stage.name}.ipynb").is_file():
@@ -90,7 +90,8 @@ def compare(run: Run) -> int:
     if not (published / "summary.json").is_file():
         print(f"Nothing is published for {run.config.name}, so there is nothing to compare runs/{run.name} with.")
         return 0
-    rows = results.compare(results.Results(run.folder / "summary").summary, results.Results(published).summary)
+    ours, theirs = results.Results(run.folder / "summary").summary, results.Results(published).summary
+    rows = results.compare(ours, theirs)
     changed = [row for row in rows if not row["ok"]]
     verdicts = [row for row in rows if row["ok"] and isinstance(row["fresh"], str)]
     moved = [row for row in rows if row["ok"] and row["difference"]]
@@ -100,6 +101,8 @@ def compare(run: Run) -> int:
     for row in [*verdicts, *moved[:MOVED], *changed]:
         lines.append((row["metric"], *(_number(row[name]) for name in columns[1:]), "" if row["ok"] else "<- differs"))
     print(table(lines))
+    if unasked := sorted(results.optional_evals(ours) ^ results.optional_evals(theirs)):
+        print(f"Not compared, because `make saebench` ran for one of the two alone: {', '.join(unasked)}, and claim C3.")
     equal = sum(row["published"] == row["fresh"] for row in rows)
     print(f"{len(rows)} values against results/{run.config.name}: {equal} identical, "
           f"{len(rows) - equal - len(changed)} within tolerance, {len(changed)} beyond it.")  # fmt: skip
@@ -113,7 +116,8 @@ def _checked(name: str) -> str:
 
 
 def publish(run: Run, name: str = "") -> None:
-    """Copy summary and executed notebooks to results/<name>, draw figures/<name> from there: all of it, or nothing."""
+    """Copy summary, core and executed notebooks to results/<name>, draw figures/<name> from there: all of it, or nothing."""
+    from dmsae_lib.core_format import export_core
     from dmsae_lib.plots import draw_all
     from dmsae_lib.readme import update_readme
 
@@ -121,20 +125,41 @@ def publish(run: Run, name: str = "") -> None:
         raise UserError(f"runs/{run.name} is not the plain run of {run.config.name}: say with AS=name under which name "
                         "to publish it.")  # fmt: skip
     name = _checked(name or run.name)
-    for stage in stages(run.config):
-        if (state := stage_state(run, stage)) != "present":
-            raise UserError(f"runs/{run.name} is not complete ({stage.name} is {state}): run `make reproduce` first.")
+    made = {stage.name: stage_state(run, stage) for stage in stages(run.config)}
+    for stage, state in made.items():
+        if state not in ("present", "optional"):
+            raise UserError(f"runs/{run.name} is not complete ({stage} is {state}): run `make reproduce` first.")
     targets = [run.root / "results" / name, run.root / "figures" / name]
     with explain_os_errors(targets[0]), locked(run), replacing(targets) as (results, figures):
         shutil.copytree(load(run.folder / "summary", "summary").folder, results, dirs_exist_ok=True)
+        export_core(run, results / "core")
         (results / "notebooks").mkdir()
-        for stage in stages(run.config):
-            shutil.copy(run.folder / "notebooks" / f"{stage.name}.ipynb", results / "notebooks")
+        for stage in (name for name, state in made.items() if state == "present"):
+            shutil.copy(run.folder / "notebooks" / f"{stage}.ipynb", results / "notebooks")
         draw_all(results, figures)
     if name == "default":
         update_readme(run.root)
     size = sum(path.stat().st_size for target in targets for path in target.rglob("*") if path.is_file())
     print(f"published runs/{run.name} as results/{name} and figures/{name} ({size / 2**20:.1f} MiB)")
+
+
+def core(run: Run) -> None:
+    """Write the run's final core as runs/<run>/core, in the format that others load."""
+    from dmsae_lib.core_format import export_core, load_core
+
+    with explain_os_errors(run.folder), locked(run):
+        made = load_core(export_core(run))
+    print(f"wrote runs/{run.name}/core: {len(made)} latents, content hash {made.hash[:12]}")
+
+
+def push_core(run: Run, to: str, licence: str = "", public: bool = False) -> None:
+    """Put the run's final core, with a model card that gives the summary's numbers, into a Hub repository or a folder."""
+    from dmsae_lib import hub
+
+    core(run)
+    summary = run.folder / "summary" if (run.folder / "summary" / "manifest.json").is_file() else None
+    address = hub.push_core(run.folder / "core", to, results=summary, licence=licence, private=not public)
+    print(f"pushed it to {address}{'' if summary else '; the run has no summary yet, so the card holds no results'}")
 
 
 def figures(run: Run, name: str = "") -> None:
@@ -196,8 +221,11 @@ def clean(run: Run) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Look after finished runs.")
-    parser.add_argument("action", choices=("status", "compare", "publish", "figures", "mend", "clean"))
+    parser.add_argument("action", choices=("status", "compare", "publish", "core", "push-core", "figures", "mend", "clean"))
     parser.add_argument("--as", dest="name", default="", help="for publish and figures: below results/ and figures/")
+    parser.add_argument("--to", default="", help="for push-core: owner/name on the Hub, or a folder")
+    parser.add_argument("--licence", default="", help="for push-core: an identifier of the Hub, such as mit or gemma")
+    parser.add_argument("--public", action="store_true", help="for push-core: a new repository is not private")
     run_arguments(parser)
     options = parser.parse_args()
     run = open_run(options.config, options.run, options.set)
@@ -208,6 +236,10 @@ def main() -> int:
             return compare(run)
         case "publish":
             publish(run, options.name)
+        case "core":
+            core(run)
+        case "push-core":
+            push_core(run, options.to, options.licence, options.public)
         case "figures":
             figures(run, options.name)
         case "mend":

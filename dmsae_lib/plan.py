@@ -19,8 +19,9 @@ import yaml
 
 from dmsae_lib.artifacts import UserError, explain_os_errors, write_json
 from dmsae_lib.atomic import write_text
-from dmsae_lib.config import Run, RunConfig, TrainingConfig, load_config, open_run
+from dmsae_lib.config import Run, RunConfig, load_config, open_run
 from dmsae_lib.run_lock import lock
+from dmsae_lib.settings import TrainingConfig
 
 COMPUTING = ("threads", "device")
 SELECTION = ("distill.coverage", "distill.aggregator", "distill.quantile")
@@ -36,6 +37,7 @@ class Stage:
     parents: tuple[str, ...]  # the artefacts it reads
     parameters: dict[str, Any] = field(default_factory=dict)  # of the notebook, beside config and run
     slice: dict[str, Any] = field(default_factory=dict)  # the settings (and files) it depends on
+    optional: bool = False  # made on request; once made, it is kept up to date like the others
 
 
 def _slice(config: RunConfig, *names: str, **more: Any) -> dict[str, Any]:
@@ -66,9 +68,12 @@ def _chain_stages(config: RunConfig, chain: str) -> list[Stage]:
         sae, attribution, core = (f"{folder}cycle_{t}/{part}" for part in ("sae", "attribution", "core"))
         before = (f"{folder}cycle_{t - 1}/core",) if t else ()
         name = f"{folder.replace('/', '_')}cycle_{t}"
+        settings = _slice(config, *COMPUTING, "seed", "sae", "training")
+        if t == 0 and config.distill.from_sae:
+            settings = _slice(config, *COMPUTING, "distill.from_sae", "distill.from_prefixes",
+                              files=_fingerprint(config.distill.from_sae))  # fmt: skip
         found += [
-            Stage(f"{name}_train", "02_train_cycle", sae, ("harvest", *before), {"cycle": t} | given,
-                  _slice(config, *COMPUTING, "seed", "sae", "training")),
+            Stage(f"{name}_train", "02_train_cycle", sae, ("harvest", *before), {"cycle": t} | given, settings),
             Stage(f"{name}_attribute", "03_attribute", attribution, ("harvest", sae, *before), {"cycle": t} | given,
                   _slice(config, *COMPUTING, *SELECTION)),
             Stage(f"{name}_distill", "04_distill", core, (sae, attribution, *before), {"cycle": t} | given,
@@ -91,10 +96,15 @@ def stages(config: RunConfig) -> list[Stage]:
     settings = _slice(config, *COMPUTING, "seed", "sae", "training", *SELECTION, "distill.final_core")
     settings["training"].pop("k")  # each of these SAEs has its own
     saes = [f"k{k}/{arm}-seed{seed}" for k in config.retrain.ks for arm, seed in config.retrain_arms(k)]
+    if config.retrain.imported:
+        settings["imported"] = {name: [where, _fingerprint(where)] for name, where in config.retrain.imported.items()}
     found.append(Stage("retrain", "05_retrain_across_k", "retrain/index", cycles, {}, settings | {"saes": saes}))
-    found.append(Stage("saebench", "06_saebench", "saebench/index", ("harvest", "retrain/index"), {},
-                       _slice(config, *COMPUTING, "saebench")))  # fmt: skip
-    everything = tuple(stage.artefact for stage in found)
+    bench = _slice(config, *COMPUTING, "saebench")
+    suite = bench["saebench"].pop("suite")
+    found.append(Stage("saebench", "06_saebench", "saebench/index", ("harvest", "retrain/index"), {}, bench))
+    found.append(Stage("saebench_suite", "06_saebench", "saebench/suite_index", ("harvest", "retrain/index"), {"suite": "true"},
+                       bench | {"suite": suite}, optional=True))  # fmt: skip
+    everything = tuple(stage.artefact for stage in found if not stage.optional)
     return [*found, Stage("summary", "07_figures", "summary", everything, {}, config.model_dump(mode="json"))]
 
 
@@ -116,10 +126,17 @@ def makefile(run: Run, config: str) -> str:
         ".PHONY: stages unfinished " + " ".join(stage.name for stage in stages(run.config)),
         "# A stage that was killed or failed after its artefact was written has no executed notebook: it runs again.",
         f"executed = $(if $(wildcard {folder}/notebooks/$(1).ipynb),,unfinished)",
+        "# Asked for by name, an optional stage runs even if it is there: what could not be run then may be run now.",
+        "asked = $(if $(filter $(1),$(MAKECMDGOALS)),unfinished)",
     ]
     for stage in stages(run.config):
         target = f"{folder}/{stage.artefact}/manifest.json"
         parents = " ".join(f"{folder}/{parent}/manifest.json" for parent in stage.parents)
+        if stage.optional:
+            parents += f" $(call asked,{stage.name})"
+        if stage.name == "summary":
+            made = [f"{folder}/{other.artefact}/manifest.json" for other in stages(run.config) if other.optional]
+            parents += "".join(f" $(wildcard {path})" for path in made)
         given = {"config": config, "run": run.name} | stage.parameters
         lines += [
             f"\n{stage.name}: {target}",

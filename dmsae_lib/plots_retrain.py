@@ -1,15 +1,19 @@
 """Figures of the SAEs trained after distillation: controls, SAEBench scores, reconstruction against L0."""
 
+from collections.abc import Callable
+from itertools import cycle
 from statistics import fmean
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dmsae_lib import plot_style as style
 from dmsae_lib.claims import score, t_interval
 from dmsae_lib.plot_style import ARMS, DOUBLE, MUTED, SEEDS, styled
-from dmsae_lib.results import Results
+from dmsae_lib.results import Results, Row
 
 REFERENCES = (("dense", "dense probe", (0, (4, 2))), ("best_channel", "best residual channel", (0, (1, 1.5))))
+OTHERS = ("#333333", "#8a6d3b", "#6b4c9a", "#9a4c4c")  # of SAEs trained elsewhere
 PLAIN = {"loss_recovered": "loss recovered (fraction)", "fvu": "FVU (fraction)"}
 SCORES = {"ce_loss_score": "CE loss score (fraction)", "explained_variance_legacy": "explained variance (fraction)",
           "probe_top1": "probing accuracy, top 1", "probe_top5": "probing accuracy, top 5"}
@@ -46,6 +50,13 @@ def controls(results: Results) -> Figure:
     return style.finish(figure, results, caption, f"points: one SAE each; {style.bars_note(rows, SEEDS, 'ticks')}")
 
 
+def _imported(axes: Axes, results: Results, value: Callable[[Row], float | None]) -> None:
+    """A star for each SAE that was trained elsewhere."""
+    for row, colour in zip(results.summary["imported"], cycle(OTHERS)):
+        if value(row) is not None:
+            axes.plot([row["L0"]], [value(row)], linestyle="none", marker="*", markersize=8, color=colour, label=row["name"])
+
+
 @styled
 def saebench(results: Results) -> Figure:
     """SAEBench metrics against measured L0, DMSAE and baseline."""
@@ -58,6 +69,7 @@ def saebench(results: Results) -> Figure:
         if not any(drawn):
             style.missing(axes, f"{name}: not run")
             continue
+        _imported(axes, results, lambda row, m=metric: (row["saebench"] or {}).get(m))
         style.l0_axis(axes, sorted({row["k"] for row in rows}))
         axes.set_ylabel(name)
         axes.margins(y=0.12)
@@ -80,6 +92,7 @@ def quality(results: Results) -> Figure:
     for axes, (metric, name) in zip(panels, PLAIN.items()):
         for arm in ARMS:
             style.curve(axes, rows, arm, results, lambda row, m=metric: row[m])
+        _imported(axes, results, lambda row, m=metric: row[m])
         style.l0_axis(axes, sorted({row["k"] for row in rows}))
         axes.set_xlabel("measured total L0 (core included)")
         axes.set_ylabel(name)

@@ -10,6 +10,7 @@ from dmsae_lib.atomic import write_text
 from dmsae_lib.results import Results
 
 BEGIN, END = "<!-- results: written by `make publish` -->", "<!-- end of results -->"
+BETTER = {1: "higher", -1: "lower", 0: "neither"}
 Row = dict[str, Any]
 
 
@@ -41,6 +42,31 @@ def _retrained(summary: Row) -> list[str]:
     return lines
 
 
+def _number(value: float, interval: list[float] | None) -> str:
+    return f"{value:+.3f}" + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+
+
+def _differences(summary: Row) -> list[str]:
+    """One line per metric and k up to the distillation k: the claim is about low k."""
+    lines = ["| metric (better) | k | over training seeds | n | sign | over evaluation seeds |", "|:--|--:|:--|--:|:-:|:--|"]
+    for row in summary["differences"]:
+        if row["k"] <= summary["sizes"]["k"]:
+            name = f"{row['label']}{' †' * row['doubted']} ({BETTER[row['better']]})"
+            drawn = row["evaluation"] and _number(row["evaluation"]["value"], row["evaluation"]["interval"])
+            lines.append(f"| {name} | {row['k']} | {_number(row['value'], row['interval'])} | {row['n']} | {row['sign']} | "
+                         f"{drawn or '-'} |")
+    return lines
+
+
+def _evals(summary: Row) -> list[str]:
+    lines = ["| eval | needs, beyond model and SAE | results here |", "|:--|:--|:--|"]
+    for name, row in summary["evals"].items():
+        ran = str(row["scores"]) if row["scores"] else f"not run: {row['not_run']}"
+        ran += f"; † {row['doubt']}" if row["doubt"] else ""
+        lines.append(f"| `{name}` | {row['needs']} | {ran} |")
+    return lines
+
+
 def results_block(summary: Row, made: Row, base_model: Row | None) -> str:
     """Markdown of the main numbers of one published run; ``made``: how its stages were made, from provenance.json."""
     hardware, seconds = made["hardware"], made["seconds"]
@@ -63,11 +89,19 @@ def results_block(summary: Row, made: Row, base_model: Row | None) -> str:
     lines += ["", "**Retraining**, means over seeds (thresholds set for a total L0 of k; *unbound*: the core alone exceeds k):",
               "", *_retrained(summary), ""]
     if baselines := summary["probing_baselines"]:
-        lines += [f"Probing without an SAE, mean accuracy of {baselines['n_sets']} sets: dense probe {baselines['dense']:.3f}, "
+        lines += [f"Probing without an SAE, mean accuracy of {baselines['n_sets']} sets ({len(baselines['dropped'])} more, which a "
+                  f"dense probe cannot do, are left out): dense probe {baselines['dense']:.3f}, "
                   f"best single channel {baselines['best_channel']:.3f}, larger class {baselines['majority']:.3f}.", ""]
+    lines += ["**SAEBench**, by eval (results: one per SAE and evaluation seed):", "", *_evals(summary), "",
+              "SAEs with the distilled core minus the Matryoshka baseline at measured L0, paired by training seed, with 95 % t "
+              "intervals (sign ?: it contains 0); and at equal k over evaluation seeds, for the first training seed:",
+              "", *_differences(summary), ""]
+    more = seconds.get("saebench_suite")
+    seconds = {name: value for name, value in seconds.items() if name != "saebench_suite"}
     lines += [f"Wall clock by kind of stage on {hardware['cores']} cores of {hardware['cpu']}: "
               + ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items())
-              + f"; {sum(seconds.values()) / 60:.1f} min in all.", "", END]
+              + f"; {sum(seconds.values()) / 60:.1f} min in all"
+              + (f", and {more / 60:.1f} min for `make saebench`." if more else "."), "", END]
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ TOLERANCES: dict[str, tuple[float, float]] = {
     "fvu": (0.01, 0.05),
     "probe": (0.02, 0.0),  # mean accuracy over the sets: a few test texts per set
     "score": (0.01, 0.0),  # SAEBench's core numbers, all shares of 1
+    "suite": (0.05, 0.0),  # its other evals: shares of 1 too, over few texts or letters
 }
 
 
@@ -99,6 +100,17 @@ class Results:
             return list(csv.DictReader(handle))
 
 
+def _kind_of_score(name: str) -> str | None:
+    if "." in name:
+        return "suite"
+    return "probe" if name.startswith("probe_") else "score" if name in ("ce_loss_score", "explained_variance_legacy") else None
+
+
+def optional_evals(summary: Row) -> set[str]:
+    """Those of SAEBench's evals that ran beyond what ``make reproduce`` runs."""
+    return {name for name, row in summary["evals"].items() if row["scores"]} - {"core", "sparse_probing"}
+
+
 def _comparable(summary: Row) -> dict[str, tuple[str, float]]:
     """{metric: (kind of tolerance, value)} of every number that a second run should give again."""
     model = summary["language_model"]
@@ -115,9 +127,9 @@ def _comparable(summary: Row) -> dict[str, tuple[str, float]]:
         total = "L0_core" if row["unbound"] else "L0_total"  # an unbound SAE has the L0 that its core dictates
         found |= {f"{place}.L0.total": (total, row["L0"]["total"]), f"{place}.fvu": ("fvu", row["fvu"]),
                   f"{place}.loss_recovered": ("loss_recovered", row["loss_recovered"])}
-        scores = row["saebench"] or {}
-        found |= {f"{place}.{name}": ("probe" if name.startswith("probe_") else "score", scores[name])
-                  for name in ("ce_loss_score", "explained_variance_legacy", "probe_top1", "probe_top5") if name in scores}
+        for name, value in (row["saebench"] or {}).items():
+            if value is not None and (kind := _kind_of_score(name)):
+                found[f"{place}.{name}"] = (kind, value)
     return found
 
 
@@ -125,10 +137,14 @@ def compare(fresh: Row, published: Row) -> list[Row]:
     """Rows {metric, published, fresh, difference, tolerance, ok} for every number and every verdict.
 
     A number that only one side has, and a changed verdict, are not ok; verdicts have no difference and no tolerance.
+    What only one side was asked to run (``make saebench``) is left out, and so is C3, which is judged from it.
     """
     new, old = _comparable(fresh), _comparable(published)
+    unasked = optional_evals(fresh) ^ optional_evals(published)
     rows = []
     for metric in old | new:
+        if metric.rpartition("].")[2].partition(".")[0] in unasked:
+            continue
         values = [side[metric][1] if metric in side else None for side in (old, new)]
         row = {"metric": metric, "published": values[0], "fresh": values[1], "difference": None, "tolerance": None}
         if None in values:
@@ -138,6 +154,8 @@ def compare(fresh: Row, published: Row) -> list[Row]:
         tolerance, difference = max(absolute, relative * abs(values[0])), values[1] - values[0]
         rows.append(row | {"difference": difference, "tolerance": tolerance, "ok": abs(difference) <= tolerance})
     for name, claim in published["claims"].items():
+        if name == "C3" and unasked:
+            continue
         verdicts = claim["verdict"], fresh["claims"][name]["verdict"]
         rows.append({"metric": f"claims.{name}", "published": verdicts[0], "fresh": verdicts[1], "difference": None,
                      "tolerance": None, "ok": verdicts[0] == verdicts[1]})

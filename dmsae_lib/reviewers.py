@@ -9,7 +9,7 @@ from statistics import fmean, quantiles
 from typing import Any
 
 from dmsae_lib.claims import advantage, number, over_control, t_interval
-from dmsae_lib.config import ARMS, LONGER
+from dmsae_lib.settings import ARMS, LONGER
 
 Row = dict[str, Any]
 TABLE = "core_table.json"  # R7: written by notebook 07

@@ -11,12 +11,13 @@ from functools import cached_property
 from typing import Any
 
 from dmsae_lib.activations import NORM_SAMPLE_ROWS
-from dmsae_lib.config import LONGER, RunConfig
+from dmsae_lib.config import RunConfig
 from dmsae_lib.corpus import DOCUMENTS, PROBING_SETS
 from dmsae_lib.evaluation import CALIBRATION_TOKENS
 from dmsae_lib.results import Results, stage_kind
-from dmsae_lib.saebench import SHARED_BYTES
+from dmsae_lib.saebench_core import SHARED_BYTES
 from dmsae_lib.saebench_probing import LARGEST_TRAIN, SMALLEST_TEST
+from dmsae_lib.settings import LONGER
 from dmsae_lib.sizing import Machine, Op, SAESize, Shape
 
 KINDS = ("harvest", "train", "attribute", "distill", "learning_rate", "retrain", "saebench")
@@ -213,7 +214,7 @@ class Sizing:
 
     def saebench(self) -> Stage:
         """The passes and encodings of both evals; the fits of the probes are not predicted."""
-        cfg, n = self.config, len(self.retrained)
+        cfg, n = self.config, sum(arm in self.config.saebench.arms for _, arm, _ in self.retrained)
         sets = len(PROBING_SETS if cfg.saebench.probing_sets is None else cfg.saebench.probing_sets)
         tokens = cfg.saebench.core_rows * cfg.model.context_size * self.text.usable
         texts = sets * PROBING_TEXTS

@@ -10,15 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dmsae_lib import scores
 from dmsae_lib.artifacts import Artifact, ArtifactError, load, write
 from dmsae_lib.claims import judge
 from dmsae_lib.config import Run
-from dmsae_lib.core import READINGS, load_core, reading_members
+from dmsae_lib.core import READINGS, read_core, reading_members
 from dmsae_lib.results import stage_kind, validate
 from dmsae_lib.reviewers import answers
+from dmsae_lib.saebench import EVALS, REPRODUCED, Task, reproduced_tasks, suite_tasks
+from dmsae_lib.saebench_probing import mean_baselines, suitable
 
 Row = dict[str, Any]
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 DIGITS = 6  # significant digits kept: beyond float32's own precision there is nothing to read
 WIDTH = 160  # columns of summary.json
 CYCLE_POINTS, RETRAIN_POINTS = 150, 20  # rows kept of each training history
@@ -56,18 +59,32 @@ class Stages:
             for arm, seed in self.run.config.retrain_arms(k):
                 yield k, arm, seed, self.get("sae", self.run.retrained(k, arm, seed), self.harvest())
 
+    def imported(self) -> dict[tuple[int, str, int], Artifact]:
+        """The SAEs trained elsewhere by (k, arm, seed)."""
+        return {sae: self.get("sae", self.run.retrained(*sae), self.harvest()) for sae in self.run.config.imported}
+
     def attributed(self, k: int) -> list[Row]:
         """The SAEs retrained at ``k`` whose prefix 0 was attributed, with their curves of core size against coverage."""
         index = self.get("retrain_index", self.run.folder / "retrain" / "index").json("index.json")
         return [row for row in index["rows"] if row["k"] == k and "coverage_curve" in row]
 
-    def scores(self, k: int, arm: str, seed: int, sae: Artifact) -> Row | None:
-        folder = self.run.scores(k, arm, seed)
-        return self.get("scores", folder, sae).json("scores.json") if folder.exists() else None
+    def scores(self) -> dict[Task, Row]:
+        """The results of every SAEBench eval that the configuration asks for and that is there."""
+        settings, retrain = self.run.config.saebench, self.run.config.retrain
+        saes = {(k, arm, seed): sae for k, arm, seed, sae in self.retrained()} | self.imported()
+        tasks = [*reproduced_tasks(settings, saes), *suite_tasks(settings, retrain, saes)]
+        found = {task: task.folder(self.run) for task in tasks}
+        return {task: self.get("scores", folder, saes[task[:3]]).json("scores.json")["result"]
+                for task, folder in found.items() if folder.exists()}
 
     def probing(self) -> Row | None:
+        """Mean accuracies of a dense probe, of the best single channel and of the majority class, over the sets that a
+        dense probe can do."""
         folder = self.run.folder / "saebench" / "baselines"
-        return self.get("probing_baselines", folder).json("probing.json") if folder.exists() else None
+        rows = self.get("probing_baselines", folder).json("probing.json") if folder.exists() else {}
+        sets = suitable(rows, self.run.config.saebench.dense_at_least)
+        dropped = sorted(rows.keys() - set(sets))
+        return mean_baselines(rows, sets) | {"n_sets": len(sets), "dropped": dropped} if sets else None
 
     def seconds(self) -> dict[str, float]:
         """Wall clock of the notebooks by kind of stage, starting up included; those run by hand are not in it."""
@@ -104,35 +121,25 @@ def cycle_rows(stages: Stages, chain: str = "main") -> list[Row]:
                       config.training.k) for sae, attribution, core in parts]
 
 
-def saebench_numbers(scores: Row | None) -> Row | None:
-    """The numbers of core_eval, and mean probing accuracy per k, flat."""
-    if scores is None:
-        return None
-    probing = scores.get("sparse_probing") or {"mean": {}}
-    return scores["core_eval"] | {f"probe_top{k}": entry["accuracy"] for k, entry in probing["mean"].items()}
-
-
-def probing_numbers(probing: Row | None) -> Row | None:
-    """Mean accuracies of a dense probe, of the best single channel and of the majority class, over the probing sets."""
-    if not probing or not probing["sets"]:
-        return None
-    mean = probing["mean"]
-    return {"dense": mean["dense"]["accuracy"], "best_channel": mean["best_channel"]["accuracy"],
-            "majority": mean["majority"], "n_sets": len(probing["sets"])}
-
-
-def retrain_row(k: int, arm: str, seed: int, metrics: Row, scores: Row | None) -> Row:
+def retrain_row(k: int, arm: str, seed: int, metrics: Row, numbers: Row | None) -> Row:
     return {"k": k, "core": arm, "seed": seed, "core_size": metrics["core_size"], "overlap": metrics["overlap"],
             "L0": {part: metrics["L0"][part] for part in L0_PARTS}, "unbound": metrics["unbound"],
             "fvu": metrics["fvu"]["full"], "loss_recovered": metrics["loss_recovered"]["full"],
-            "dead": metrics["dead"], "tokens": metrics["tokens"], "saebench": saebench_numbers(scores)}
+            "dead": metrics["dead"], "tokens": metrics["tokens"], "saebench": numbers}
+
+
+def imported_row(name: str, metrics: Row, numbers: Row | None) -> Row:
+    source = metrics["imported"]
+    return {"name": name, **{key: source[key] for key in ("where", "hash", "architecture", "d_sae", "widths")},
+            "L0": metrics["L0"]["total"], "fvu": metrics["fvu"]["full"], "loss_recovered": metrics["loss_recovered"]["full"],
+            "dead": metrics["dead"], "saebench": numbers}
 
 
 def lineage(stages: Stages) -> Row:
     """core_lineage.json: every latent of the last core with its history, and which ids each cycle's core held."""
     last = stages.run.config.distill.cycles
     cores = [stages.cycle(t)[2].json("core.json") for t in range(last + 1)]
-    final = load_core(stages.cycle(last)[2])
+    final = read_core(stages.cycle(last)[2])
     readings = {name: [final.latents[i].id for i in reading_members(final, name)] for name in READINGS}
     return {"config": stages.run.config.name, "latents": cores[-1]["latents"], "readings": readings,
             "cycles": [{"cycle": core["cycle"], "ids": [latent["id"] for latent in core["latents"]]} for core in cores]}
@@ -164,8 +171,11 @@ def summarise(run: Run) -> Row:
 def _summarise(stages: Stages) -> Row:
     config, harvest = stages.run.config, stages.harvest().json("record.json")
     cycles, last = cycle_rows(stages), config.distill.cycles
-    retrained = [(k, arm, seed, sae.json("metrics.json"), stages.scores(k, arm, seed, sae))
+    scored = stages.scores()
+    of_sae = scores.by_sae(scored)
+    retrained = [retrain_row(k, arm, seed, sae.json("metrics.json"), of_sae.get((k, arm, seed)))
                  for k, arm, seed, sae in stages.retrained()]
+    asked = EVALS if config.saebench.suite.evals is None else (*REPRODUCED, *config.saebench.suite.evals)
     sizes = {name: len(ids) for name, ids in lineage(stages)["readings"].items()}
     first_sae = stages.cycle(0)[0].json("metrics.json")
     chains = {chain.name: {"seed": chain.seed, **chain.core_settings(), "cycles": cycle_rows(stages, chain.name)}
@@ -180,11 +190,14 @@ def _summarise(stages: Stages) -> Row:
         "cycles": cycles, "chains": chains,
         "final_core": {"reading": config.distill.final_core, "size": sizes[config.distill.final_core], "sizes": sizes,
                        "lineage": "core_lineage.json"},
-        "retrain": [retrain_row(*row) for row in retrained],
+        "retrain": retrained, "imported": [imported_row(sae[1], artifact.json("metrics.json"), of_sae.get(sae))
+                                           for sae, artifact in stages.imported().items()],
+        "evals": scores.eval_rows(scored, asked),
+        "differences": scores.differences(retrained, scored),
         "heatmap": [{"arm": row["core"], "k": k, "seed": row["seed"], "coverage": share, "size": size,
                      "candidates": row["candidates"]}
                     for k in config.retrain.ks for row in stages.attributed(k) for share, size in row["coverage_curve"]],
-        "probing_baselines": probing_numbers(stages.probing())})
+        "probing_baselines": stages.probing()})
     summary["claims"] = readable(judge(summary))
     _, attribution, core = stages.cycle(last)
     latents = core.json("core.json")["latents"]
@@ -227,10 +240,11 @@ def tables(summary: Row, stages: Stages) -> dict[str, list[Row]]:
     """The CSV files beside summary.json, by name."""
     claims = [{"claim": name} | part for name, claim in summary["claims"].items() for part in claim["parts"]]
     found = {"cycles.csv": summary["cycles"], "retrain.csv": summary["retrain"], "heatmap.csv": summary["heatmap"],
-             "claims.csv": claims}
+             "claims.csv": claims, "imported.csv": summary["imported"], "saebench_differences.csv": summary["differences"]}
     found = {name: [flat(row) for row in rows] for name, rows in found.items()}
     found["history_cycles.csv"] = [
         {"cycle": t} | row for t in range(len(summary["cycles"]))
+        if "history.csv" in stages.cycle(t)[0].files  # cycle 0 may have been trained elsewhere
         for row in _thinned(stages.cycle(t)[0].csv("history.csv"), CYCLE_POINTS)]
     found["history_retrain.csv"] = [
         {"k": k, "core": arm, "seed": seed} | row for k, arm, seed, sae in stages.retrained()

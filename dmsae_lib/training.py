@@ -11,9 +11,9 @@ from torch import Tensor
 from dmsae_lib import artifacts
 from dmsae_lib.activations import START, Cursor
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import TrainingConfig
 from dmsae_lib.gradients import StepStats, apply_step, step_gradients
 from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.settings import TrainingConfig
 
 NEVER = 2**62  # no step has this number
 LOOK = 100  # steps between two looks at whether latents are still dead, where looking waits for the device

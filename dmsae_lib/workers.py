@@ -13,9 +13,9 @@ from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import ModelConfig
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.runtime import prepare
+from dmsae_lib.settings import ModelConfig
 
 Key = TypeVar("Key")
 _model: LanguageModel  # of a worker

@@ -24,8 +24,8 @@ def tiny_llama(one_thread, tmp_path_factory):
     """A random two-layer Llama of width 32, loaded through the project's own door and split after its first block."""
     from tiny_models import save_model
 
-    from dmsae_lib.config import ModelConfig
     from dmsae_lib.language_model import LanguageModel
+    from dmsae_lib.settings import ModelConfig
 
     folder = save_model(tmp_path_factory.mktemp("tiny") / "tiny llama", context=CONTEXT, confidence=4.0)
     return LanguageModel(ModelConfig(name=str(folder), hook_name="blocks.0.hook_resid_post", context_size=CONTEXT,
@@ -38,8 +38,8 @@ def tiny_gemma2(one_thread, tmp_path_factory):
     that are so low, for weights so large, that both bend the logits."""
     from tiny_models import save_model
 
-    from dmsae_lib.config import ModelConfig
     from dmsae_lib.language_model import LanguageModel
+    from dmsae_lib.settings import ModelConfig
 
     folder = save_model(tmp_path_factory.mktemp("tiny") / "tiny gemma", "gemma2", layers=3, context=CONTEXT,
                         initializer_range=0.3, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 
 from dmsae_lib.artifacts import load, write, write_json
 from dmsae_lib.config import Run, RunConfig
+from dmsae_lib.saebench import Task
 from dmsae_lib.summary import write_summary
 
 SIZES = [28, 52, 71, 85, 96, 105, 110, 112]
@@ -69,7 +70,8 @@ def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
     fvus = {"32": 0.5 - 0.01 * cycle, "96": 0.4, "224": 0.3, "480": 0.25, "full": 0.133 + 0.0125 * cycle}
     before = (run.cycle(cycle - 1, "core", chain), "core") if cycle else (run.folder / "harvest", "harvest")
     parent = hash_of(*before)
-    with write(run.cycle(cycle, "sae", chain), "sae", {before[1]: parent}) as sae:
+    parents = {"harvest": hash_of(run.folder / "harvest", "harvest"), before[1]: parent}
+    with write(run.cycle(cycle, "sae", chain), "sae", parents) as sae:
         sae.json("metrics.json", {"cycle": cycle, "core_in": core_in, "prefixes": [M_0, 96, 224, 480, 1024 - core_in],
                                   "L0": l0, "dead": 3, "fvu": fvus,
                                   "loss_recovered": {"prefix0": 0.86 + cycle / 100, "full": 0.98}})
@@ -78,7 +80,7 @@ def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
     sizes = {"mean_abs": size, "abs_mean": size // 2, "quantile": size - 3, "frequency": size + 9}
     with write(run.cycle(cycle, "attribution", chain), "attribution", parents) as attribution:
         attribution.json("record.json", {
-            "cycle": cycle, "stability": {"spearman": 0.97, "jaccard": 0.93},
+            "cycle": cycle, "tokens": 1000, "candidates": core_in + M_0, "stability": {"spearman": 0.97, "jaccard": 0.93},
             "aggregators": {name: {"size": n, "jaccard": 0.8, "spearman": 0.9} for name, n in sizes.items()}})
         attribution.csv("table.csv", [{"index": i, "frequency": 0.05} for i in range(core_in + M_0)])
     kept = sum(ORIGINS[cycle][:-1]) if cycle else 0
@@ -87,7 +89,7 @@ def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
         core.json("core.json", {"cycle": cycle, "size": size, "kept": kept, "parent": parent if cycle else None,
                                 "latents": latents(cycle),
                                 "origins": {str(o): n for o, n in enumerate(ORIGINS[cycle])}})
-        core.tensors("core.safetensors", {"W_enc": torch.zeros(4, size)})
+        core.tensors("core.safetensors", {"W_enc": torch.ones(128, size)})
 
 
 def write_retrained(run: Run, k: int, arm: str, seed: int) -> None:
@@ -104,13 +106,17 @@ def write_retrained(run: Run, k: int, arm: str, seed: int) -> None:
         sae.json("metrics.json", metrics)
         sae.csv("history.csv", history(1))
     parents = {"sae": hash_of(run.retrained(k, arm, seed), "sae")}
-    with write(run.scores(k, arm, seed), "scores", parents) as scores:
-        probing = {str(n): {"accuracy": probe(arm, total, n) + 0.004 * (seed - 1) * (arm != "none")} for n in (1, 5)}
-        scores.json("scores.json", {
-            "core_eval": {"ce_loss_score": loss_recovered(arm, total, seed) - 0.001, "ce_loss_with_sae": 4.6,
-                          "explained_variance": 1.004,
-                          "explained_variance_legacy": 1 - fvu(arm, total), "l0": total},
-            "sparse_probing": {"mean": probing}})
+    top = {f"probe_top{n}": probe(arm, total, n) + 0.004 * (seed - 1) * (arm != "none") for n in (1, 5)}
+    core = {"ce_loss_score": loss_recovered(arm, total, seed) - 0.001, "ce_loss_with_sae": 4.6, "explained_variance": 1.004,
+            "explained_variance_legacy": 1 - fvu(arm, total), "l0": total}
+    for name, metrics in (("core", core), ("sparse_probing", top)):
+        write_scores(run, Task(k, arm, seed, name, 0), {"metrics": metrics}, parents)
+
+
+def write_scores(run: Run, task: Task, result: dict, parents: dict[str, str] | None = None) -> None:
+    sae = parents or {"sae": hash_of(run.retrained(*task[:3]), "sae")}
+    with write(task.folder(run), "scores", sae) as scores:
+        scores.json("scores.json", task._asdict() | {"result": result})
 
 
 def write_index(run: Run) -> None:
@@ -138,8 +144,9 @@ def build_run(root: Path, resolved: RunConfig | None = None, scored: bool = True
     run = Run(resolved, resolved.name, root)
     with write(run.folder / "harvest", "harvest") as harvest:
         harvest.json("record.json", {"scale": 1.5, "clean_loss": 4.5, "zero_loss": 8.0,
-                                     "model": {"name": "toy", "hash": "m" * 8, "d_model": 128},
-                                     "data": {"source": "embedded", "hash": "d" * 8}})
+                                     "model": {"name": "toy", "hash": "a" * 64, "d_model": 128, "n_layers": 4,
+                                               "architecture": "Toy", "hook_name": resolved.model.hook_name},
+                                     "data": {"source": "embedded", "hash": "d" * 64}})
     for chain in ("main", *(chain.name for chain in resolved.distill.chains)):
         for cycle in range(resolved.distill.cycles + 1):
             write_cycle(run, cycle, chain)
@@ -150,7 +157,9 @@ def build_run(root: Path, resolved: RunConfig | None = None, scored: bool = True
     if scored:
         accuracies = {name: {"accuracy": value} for name, value in (("dense", 0.93), ("best_channel", 0.72))}
         with write(run.folder / "saebench" / "baselines", "probing_baselines") as baselines:
-            baselines.json("probing.json", {"sets": {"a": {}, "b": {}}, "mean": accuracies | {"majority": 0.5}})
+            poor = {name: {"accuracy": 0.55} for name in accuracies}  # dropped: a dense probe cannot do it
+            baselines.json("probing.json", {name: row | {"majority": 0.5}
+                                            for name, row in (("a", accuracies), ("b", accuracies), ("c", poor))})
     else:
         shutil.rmtree(run.folder / "saebench")
     return run

@@ -25,7 +25,7 @@ from dmsae_lib.activations import (
     usable_count,
 )
 from dmsae_lib.artifacts import UserError, load, write
-from dmsae_lib.config import DataConfig
+from dmsae_lib.settings import DataConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,11 +20,12 @@ from clone import make, make_clone
 from tiny_models import save_model
 
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import DataConfig, ModelConfig, load_config
+from dmsae_lib.config import load_config
 from dmsae_lib.corpus import tokenise
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.run_notebook import check_parameters
 from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.settings import DataConfig, ModelConfig
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = 32

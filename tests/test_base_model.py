@@ -166,8 +166,8 @@ def test_bits_per_byte_is_the_loss_of_the_text_in_another_unit(tokenizer, traine
 
 
 def test_the_saved_model_is_the_trained_one_in_bfloat16(tokenizer, tmp_path):
-    from dmsae_lib.config import ModelConfig
     from dmsae_lib.language_model import LanguageModel
+    from dmsae_lib.settings import ModelConfig
 
     model = base_model.build(SMALL)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -139,7 +139,25 @@ def test_beats_baseline(top1, effect, verdict):
     assert claim["verdict"] == verdict and claim["value"] == pytest.approx(top1) and claim["n"] == 3
     by_name = {(p["part"], p["k"]): p for p in claim["parts"]}
     assert not by_name["sparse probing, top 1", 96]["decides"]  # the claim is about low k
-    assert by_name["SCR (not run)", None]["verdict"] == OPEN
+    assert by_name["full absorption (not run)", None]["verdict"] == OPEN
+    assert "full absorption" in claim["detail"].partition("not run")[2]
+
+
+def test_beats_baseline_on_everything_that_the_claim_names():
+    """Absorption is better when it is lower; what was scored at some k's alone is judged there."""
+    more = {"absorption.mean_full_absorption_score": -0.1, "scr.scr_metric_threshold_20": 0.1,
+            "tpp.tpp_threshold_20_total_metric": 0.1, "ravel.disentanglement_score": -0.1}  # fmt: skip
+    rows = BASELINE + arm("distilled", -0.01, top1=0.02)
+    for worse in (None, *more):
+        for row in rows:
+            row["saebench"] = {name: value for name, value in row["saebench"].items() if name.startswith("probe")}
+            if row["k"] in (24, 48):
+                row["saebench"] |= {name: line(row["L0"]["total"], row["seed"]) + (row["core"] == "distilled") * gain
+                                    * (-1 if name == worse else 1) for name, gain in more.items()}  # fmt: skip
+        claim = claims.beats_baseline(rows, 48)
+        assert claim["verdict"] == (FAILS if worse else HOLDS)
+        assert {p["k"] for p in claim["parts"] if p["part"] == "full absorption"} == {24, 48}
+        assert "not run" not in claim["detail"]
 
 
 def test_unscored_saes_leave_probing_open():

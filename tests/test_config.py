@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import CONTROLS, LONGER, load_config, open_run
+from dmsae_lib.config import load_config, open_run
+from dmsae_lib.settings import CONTROLS, LONGER
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))

@@ -10,8 +10,8 @@ import pytest
 
 from dmsae_lib import corpus
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import DataConfig
 from dmsae_lib.corpus import PROBING_SETS, SPLITS, ContextBuilder, documents, split_documents, split_of, text_digest, tokenise
+from dmsae_lib.settings import DataConfig
 
 BOS = 0
 

@@ -12,8 +12,8 @@ from conftest import CONTEXT
 from tiny_models import BOS, EOS, save_model
 
 from dmsae_lib import language_model
-from dmsae_lib.config import ModelConfig
 from dmsae_lib.language_model import LanguageModel, load_tokenizer, model_hash, next_token_loss, resolve, usable_positions
+from dmsae_lib.settings import ModelConfig
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_gemma2"])

@@ -16,6 +16,7 @@ from dmsae_lib import manage
 from dmsae_lib.artifacts import UserError, sealed, sha256_file, write
 from dmsae_lib.atomic import json_text
 from dmsae_lib.config import Run
+from dmsae_lib.core_format import load_core
 from dmsae_lib.plan import stages, write_plan
 from dmsae_lib.run_lock import lock
 from dmsae_lib.summary import write_summary
@@ -30,13 +31,14 @@ def template(tmp_path_factory) -> Path:
     (root / "configs").mkdir()
     run = factory.build_run(root)
     write_plan(run)
-    for stage in stages(run.config):
+    made = [stage for stage in stages(run.config) if not stage.optional]
+    for stage in made:
         if stage.artefact.startswith(("saebench/index", "learning_rate")):  # nothing in them goes into the summary
             with write(run.folder / stage.artefact, "synthetic"):
                 pass
         write_notebook(run.folder / "notebooks" / f"{stage.name}.ipynb", "1")
     write_summary(run, {})
-    for n, stage in enumerate(stages(run.config)):
+    for n, stage in enumerate(made):
         os.utime(run.folder / stage.artefact / "manifest.json", (2e9 + n, 2e9 + n))
     return root
 
@@ -65,7 +67,7 @@ def states(run: Run) -> dict[str, str]:
 
 
 def test_status_gives_the_state_and_its_reason(run, capsys):
-    assert set(states(run).values()) == {"present"}
+    assert set(states(run).values()) == {"present", "optional"} and states(run)["saebench_suite"] == "optional"
     shutil.rmtree(run.folder / "cycle_3" / "core")
     (run.folder / "notebooks" / "retrain.ipynb").unlink()
     (run.folder / "params" / "harvest.json").write_text("{}")
@@ -117,7 +119,7 @@ def test_status_tells_which_code_made_a_stage(run, monkeypatch):
 def test_publish_copies_summary_and_notebooks_and_draws_the_figures(run, capsys):
     manage.publish(run)
     files = published_files(run)
-    for name in ("summary.json", "manifest.json", "cycles.csv", "notebooks/cycle_7_distill.ipynb"):
+    for name in ("summary.json", "manifest.json", "cycles.csv", "core/core.json", "notebooks/cycle_7_distill.ipynb"):
         assert f"results/synthetic/{name}" in files
     assert any(name.endswith(".png") for name in files) and not any("/." in name for name in files)
     assert files["results/synthetic/summary.json"] == (run.folder / "summary" / "summary.json").read_bytes()
@@ -142,16 +144,16 @@ def test_publish_is_all_or_nothing(run, one_figure, monkeypatch):
 
     moves, move = [], os.replace
 
-    def fourth_fails(old: Path, new: Path) -> None:
+    def the_last_fails(old: Path, new: Path) -> None:
         moves.append(new)
-        full() if len(moves) == 4 else move(old, new)
+        full() if len(moves) == 6 else move(old, new)
 
     with monkeypatch.context() as patch:
         patch.setattr("dmsae_lib.plots.draw_all", lambda results, figures: (figures / "one.png").write_text("2"))
-        patch.setattr(os, "replace", fourth_fails)
+        patch.setattr(os, "replace", the_last_fails)
         with pytest.raises(UserError, match="the disk is full"):
             manage.publish(run)
-    assert moves[3] == run.root / "figures" / "synthetic" and published_files(run) == before
+    assert moves[5] == run.root / "figures" / "synthetic" and published_files(run) == before
 
 
 def test_publish_refuses_a_run_that_is_incomplete_damaged_or_of_another_name(run, one_figure):
@@ -213,13 +215,14 @@ def test_clean_names_what_it_removes_and_touches_nothing_else(run, one_figure, c
 def test_mend_removes_what_is_damaged_and_its_stages_are_made_again(run, capsys):
     manage.mend(run)
     said = capsys.readouterr().out
-    assert said.endswith("artefacts checked, 0 of them damaged and removed\n") and set(states(run).values()) == {"present"}
+    assert said.endswith("artefacts checked, 0 of them damaged and removed\n")
+    assert set(states(run).values()) == {"present", "optional"}
     (run.folder / "retrain" / "k32" / "none-seed1" / "manifest.json").write_text("{}")
     manage.mend(run)  # one of the many that its stage makes
     said = capsys.readouterr().out
     assert "none-seed1 is damaged (manifest.json cannot be read): removed" in said and "1 of them damaged" in said
     assert not (run.folder / "retrain" / "k32" / "none-seed1").exists()
-    assert {name: state for name, state in states(run).items() if state != "present"} == {
+    assert {name: state for name, state in states(run).items() if state not in ("present", "optional")} == {
         "retrain": "stale: its notebook did not run to the end"}  # fmt: skip
     (run.folder / "cycle_3" / "core" / "core.json").write_text("broken")
     with write(run.folder / "cycle_1" / ".sae.checkpoint", "checkpoint") as writer:
@@ -253,7 +256,7 @@ def test_a_killed_publish_loses_nothing(run, one_figure, monkeypatch):
     before = published_files(run)
     (run.root / "results" / "synthetic" / "kept").touch()
     move = os.replace
-    for fatal in range(1, 5):
+    for fatal in range(1, 7):
         moves = []
 
         def killed(old: Path, new: Path, moves=moves, fatal=fatal) -> None:
@@ -282,3 +285,21 @@ def test_clean_and_publish_leave_a_run_alone_that_is_being_computed(run):
             action(run)
     os.close(held)
     assert run.folder.exists() and not published_files(run)
+
+
+# ------------------------------------------------------------------------------------------------------ the core
+
+
+def test_the_core_goes_into_the_run_and_with_its_card_into_a_folder(run, tmp_path, capsys):
+    manage.core(run)
+    made = load_core(run.folder / "core")
+    assert len(made) == 108 and f"wrote runs/synthetic/core: 108 latents, content hash {made.hash[:12]}" in capsys.readouterr().out
+    manage.push_core(run, str(tmp_path / "shared"), licence="mit")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert load_core(tmp_path / "shared").hash == made.hash and "| 64 | distilled | 3 |" in card
+    assert f"pushed it to {tmp_path / 'shared'}\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="'' is neither a folder nor a Hub id"):
+        manage.push_core(run, "", licence="mit")
+    shutil.rmtree(run.folder / "summary")
+    manage.push_core(run, str(tmp_path / "shared"), licence="mit")
+    assert "the card holds no results" in capsys.readouterr().out

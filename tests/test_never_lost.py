@@ -31,9 +31,10 @@ from dmsae_lib import artifacts
 from dmsae_lib.activations import StoredActivations
 from dmsae_lib.artifacts import ArtifactError, UserError, load
 from dmsae_lib.atomic import LEFT_OVER
-from dmsae_lib.config import ModelConfig, Run
+from dmsae_lib.config import Run
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.run_lock import _age, locked
+from dmsae_lib.settings import ModelConfig
 from dmsae_lib.training import Trainer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:FigureCanvasAgg")]

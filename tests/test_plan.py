@@ -27,10 +27,11 @@ def fresh(tmp_path_factory) -> Path:
     return make_clone(tmp_path_factory.mktemp("plan") / "a clone")
 
 
-def pretend(clone: Path, run: str, overrides: tuple[str, ...] = ()) -> Path:
-    """Leave the run as if every stage had been made, in order, some time ago."""
+def pretend(clone: Path, run: str, overrides: tuple[str, ...] = (), suite: bool = False) -> Path:
+    """Leave the run as if every stage (with ``suite`` also the optional one) had been made, in order, some time ago."""
     folder = clone / "runs" / run
-    for n, stage in enumerate(stages(open_run(str(clone / "configs" / "toy.yaml"), run, overrides).config)):
+    found = stages(open_run(str(clone / "configs" / "toy.yaml"), run, overrides).config)
+    for n, stage in enumerate(stage for stage in found if suite or not stage.optional):
         made = time.time() - 1000 + n
         for path in (folder / stage.artefact / "manifest.json", folder / "notebooks" / f"{stage.name}.ipynb"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def done(fresh) -> Path:
 
 def test_stages_come_parents_first_and_only_from_the_configuration():
     config = RunConfig.model_validate(TOY | {"name": "toy"})
-    assert [stage.name for stage in stages(config)] == ALL
+    assert [stage.name for stage in stages(config) if not stage.optional] == ALL
     made = set()
     for stage in stages(config):
         assert set(stage.parents) <= made
@@ -100,6 +101,7 @@ CHANGES = {
     "retrain.ks=[4,8,16]": END,
     'retrain.controls={"random":1}': END,
     "saebench.probing_ks=[1]": ["saebench", "summary"],
+    "saebench.suite.ks=[4]": ["summary"],
     "training.checkpoint_seconds=5": ["summary"],
     "training.together=2": ["summary"],
     "data.train_tokens=2000": ALL,
@@ -115,7 +117,7 @@ def test_parameters_files_are_left_alone_while_nothing_changes(done):
     files = sorted((done / "runs" / "trial").glob("params/*.json")) + [done / "runs" / "trial" / "plan.mk"]
     before = [path.stat().st_mtime_ns for path in files]
     assert planned(done, "RUN=trial") == []
-    assert [path.stat().st_mtime_ns for path in files] == before and len(files) == len(ALL) + 1
+    assert [path.stat().st_mtime_ns for path in files] == before and len(files) == len(ALL) + 2  # the optional stage has one too
 
 
 def test_a_changed_notebook_an_unfinished_one_and_a_lost_artefact_are_remade(done):
@@ -128,6 +130,16 @@ def test_a_changed_notebook_an_unfinished_one_and_a_lost_artefact_are_remade(don
     pretend(done, "trial")
     (run / "retrain" / "index" / "manifest.json").unlink()
     assert planned(done, "RUN=trial") == END
+
+
+def test_the_suite_is_made_on_request_and_then_kept_up_to_date(done):
+    assert planned(done, "RUN=trial", "STAGE=saebench_suite") == ["saebench_suite"]
+    pretend(done, "trial", suite=True)
+    assert planned(done, "RUN=trial") == []
+    assert planned(done, "RUN=trial", "STAGE=saebench_suite") == ["saebench_suite"]  # what could not be run may run now
+    assert planned(done, "RUN=trial", "SET=saebench.suite.ks=[4]") == ["saebench_suite", "summary"]
+    retrained = planned(done, "RUN=trial", "SET=distill.final_core=all_of_last")
+    assert sorted(retrained) == sorted([*END, "saebench_suite"]) and retrained[-1] == "summary"
 
 
 def test_an_override_computes_elsewhere_and_notebooks_read_its_resolved_settings(fresh):

@@ -12,10 +12,10 @@ import torch
 
 from dmsae_lib.activations import StreamedActivations, usable_residuals
 from dmsae_lib.attribution import attribute
-from dmsae_lib.config import DataConfig, TrainingConfig
 from dmsae_lib.core import Core, candidate_pool, control_core, distil, reading_members
 from dmsae_lib.evaluation import calibrate_threshold
 from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.settings import DataConfig, TrainingConfig
 from dmsae_lib.training import Trainer, train_saes
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import factory
 import matplotlib.image
@@ -12,13 +13,17 @@ from matplotlib.text import Text
 from dmsae_lib.artifacts import UserError, write_json
 from dmsae_lib.plot_style import ARMS, SMALL
 from dmsae_lib.plots import FIGURES, draw_all
+from dmsae_lib.plots_saebench import reference_rows
 from dmsae_lib.results import Results
+
+ROOT = Path(__file__).parents[1]
 
 
 def published(root, *arguments, base_model=True, **keywords):
     """A results folder whose run is gone: figures can use nothing else."""
     folder = factory.publish(factory.build_run(root, *arguments, **keywords), base_model)
     if base_model:
+        shutil.copytree(ROOT / "results" / "reference", folder.parent / "reference")
         stage = {"kind": "train", "processes": 8, "work_seconds": 2.0, "start_up_seconds": 3.0, "measured_seconds": 9.0}
         write_json(folder / "sizing.json", {
             "config": "synthetic", "summary": Results(folder).hash, "stages": [stage],
@@ -84,7 +89,7 @@ def test_captions_stand_beside_the_figures(drawn, full):
 @pytest.mark.parametrize("name", FIGURES)
 def test_axes_are_labelled_and_text_is_readable(results, name):
     figure = FIGURES[name](results)
-    if name in ("9_base_model", "10_sizing") and "smoke" in str(results.folder):
+    if name in ("9_base_model", "10_sizing", "11_paper_scale") and "smoke" in str(results.folder):
         assert figure is None  # no record was published
         return
     canvas = FigureCanvasAgg(figure)
@@ -135,7 +140,35 @@ def test_no_distilled_arm_leaves_its_panel_out(tmp_path):
     config = config.model_copy(update={"retrain": config.retrain.model_copy(update={"arms": ["none"]})})
     folder = published(tmp_path, config, scored=False)
     assert len(FIGURES["6_core_share_of_k"](Results(folder)).axes) == 1
-    assert all(draw(Results(folder)) for draw in FIGURES.values())
+    assert [name for name, draw in FIGURES.items() if not draw(Results(folder))] == ["12_saebench_differences"]
+
+
+def test_released_saes_stand_behind_a_run_on_their_model_alone(full, tmp_path):
+    rows = reference_rows(Results(full))
+    assert len(rows) == 7 * 6
+    matryoshka = sorted((row for row in rows if row["architecture"] == "matryoshka"), key=lambda row: row["l0"])
+    recovered = [.97347, .98490, .99067, .99424, .99642, .99808]  # as the design of this replication quotes them
+    assert [row["loss_recovered"] for row in matryoshka] == pytest.approx(recovered, abs=1e-5)
+    alone = FIGURES["11_paper_scale"](Results(full))
+    assert not any("DMSAE" in text.get_text() for text in alone.legends[0].get_texts())
+    assert "no run of ours" in alone.get_label()
+    ours = Results(full)
+    ours.summary["inputs"]["model"]["name"] = "google/gemma-2-2b"
+    figure = FIGURES["11_paper_scale"](ours)
+    (axes,) = figure.axes
+    assert {"DMSAE, distilled core", "released Matryoshka"} <= {text.get_text() for text in figure.legends[0].get_texts()}
+    behind = max(line.get_zorder() for line in axes.lines if line.get_label().startswith("released"))
+    mine = [line for line in axes.lines if len(line.get_xdata()) and line.get_color() == ARMS["distilled"][1]]
+    assert mine and all(line.get_zorder() > behind for line in mine)
+
+
+def test_differences_show_value_and_interval(full):
+    rows = Results(full).summary["differences"]
+    axes = FIGURES["12_saebench_differences"](Results(full)).axes[0]
+    points = {round(float(line.get_xdata()[0]), 6) for line in axes.lines if len(line.get_xdata()) == 1}
+    assert {round(row["value"], 6) for row in rows} == points
+    bars = {tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2}
+    assert {tuple(row["interval"]) for row in rows} <= bars
 
 
 def test_arms_differ_in_colour_and_in_marker():

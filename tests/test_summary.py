@@ -10,8 +10,9 @@ import pytest
 
 from dmsae_lib import artifacts
 from dmsae_lib.artifacts import ArtifactError, UserError, load, write
-from dmsae_lib.config import Chain
 from dmsae_lib.results import TOLERANCES, Results, compare, validate
+from dmsae_lib.saebench import Task
+from dmsae_lib.settings import Chain
 from dmsae_lib.summary import Stages, laid_out, readable, summarise, write_summary
 
 SMALL = factory.config(cycles=2, ks=(48, 64), seeds=(0, 1), controls={"random": 2, "most_frequent": 1})
@@ -51,7 +52,7 @@ def test_retrain_rows(summary):
     assert row["saebench"]["probe_top1"] == pytest.approx(factory.probe("distilled", 64.32, 1) + 0.004, rel=1e-5)
     assert {(r["k"], r["unbound"]) for r in summary["retrain"] if r["core"] == "distilled"} == {
         (48, True), (64, False), (96, False)}
-    assert summary["probing_baselines"] == {"dense": 0.93, "best_channel": 0.72, "majority": 0.5, "n_sets": 2}
+    assert summary["probing_baselines"] == {"dense": 0.93, "best_channel": 0.72, "majority": 0.5, "n_sets": 2, "dropped": ["c"]}
     assert {row["arm"] for row in summary["heatmap"]} == {"none", "distilled"}
 
 
@@ -111,9 +112,9 @@ def test_a_stage_made_from_something_else_is_refused(small):
 
 
 def test_scores_of_another_sae_are_refused(small):
-    with write(small.scores(64, "distilled", 0), "scores", {"sae": "0" * 64}) as scores:
-        scores.json("scores.json", {})
-    with pytest.raises(ArtifactError, match="distilled-seed0 was made from another sae"):
+    task = Task(64, "distilled", 0, "core", 0)
+    factory.write_scores(small, task, {"metrics": {}}, {"sae": "0" * 64})
+    with pytest.raises(ArtifactError, match="distilled-seed0/core-seed0 was made from another sae"):
         summarise(small)
 
 

@@ -13,8 +13,8 @@ import torch
 from tiny_models import save_model
 
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import ModelConfig
 from dmsae_lib.language_model import LanguageModel
+from dmsae_lib.settings import ModelConfig
 from dmsae_lib.workers import Workers
 
 HERE = Path(__file__).parent

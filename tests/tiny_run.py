@@ -28,7 +28,8 @@ TINY = {
     "training": {"k": 16, "batch_size": 100, "lr": 3e-3},
     "distill": {"cycles": 1, "final_core": "all_of_last"},
     "retrain": {"ks": [16], "seeds": [0], "controls": {"random": 1}},
-    "saebench": {"probing_sets": ["105_click_bait"], "probing_ks": [1], "core_rows": 8},
+    "saebench": {"probing_sets": ["105_click_bait"], "probing_ks": [1], "core_rows": 8,
+                 "suite": {"evals": ["sparse_probing"], "eval_seeds": [0, 1]}},
     "learning_rate_sweep": [1.0],
 }
 

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from dmsae_lib.config import TrainingConfig
 from dmsae_lib.reference import TRAINED
 from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.settings import TrainingConfig
 
 D_IN, D_SAE, CORE, PREFIXES, BATCH, K = 16, 60, 7, (8, 21), 96, 9
 
