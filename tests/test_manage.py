@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+from multiprocessing import get_context
 from pathlib import Path
 
 import factory
@@ -250,26 +251,35 @@ def test_clean_of_a_link_leaves_what_it_points_to(run, tmp_path, capsys):
     assert set(before) <= set(elsewhere.rglob("*"))
 
 
+def publish_until(root: Path, fatal: int) -> None:
+    """Publish the synthetic run below ``root``, and be killed before a rename."""
+    from dmsae_lib import plots
+
+    move, moves = os.replace, []
+
+    def killed(old: Path, new: Path) -> None:
+        moves.append(new)
+        if len(moves) >= fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        move(old, new)
+
+    os.replace = killed
+    plots.draw_all = lambda results, figures: (figures / "one.png").write_text("1")
+    manage.publish(Run(factory.config(), "synthetic", root))
+
+
 def test_a_killed_publish_loses_nothing(run, one_figure, monkeypatch):
     """Killed between any two of the renames: the next one finds the published folders again."""
     manage.publish(run)
     before = published_files(run)
     (run.root / "results" / "synthetic" / "kept").touch()
-    move = os.replace
+    processes = get_context("forkserver")  # this process has threads, whose locks a fork of it would inherit
+    processes.set_forkserver_preload(["dmsae_lib.core_format", "dmsae_lib.plots"])
     for fatal in range(1, 7):
-        moves = []
-
-        def killed(old: Path, new: Path, moves=moves, fatal=fatal) -> None:
-            moves.append(new)
-            if len(moves) >= fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-            move(old, new)
-
-        child = os.fork()
-        if not child:
-            os.replace = killed
-            manage.publish(run)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        child = processes.Process(target=publish_until, args=(run.root, fatal))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
         with monkeypatch.context() as patch:
             patch.setattr("dmsae_lib.plots.draw_all", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
