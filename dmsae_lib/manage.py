@@ -137,7 +137,7 @@ def publish(run: Run, name: str = "") -> None:
         for stage in (name for name, state in made.items() if state == "present"):
             shutil.copy(run.folder / "notebooks" / f"{stage}.ipynb", results / "notebooks")
         draw_all(results, figures)
-    if name == "default":
+    if name in ("default", "extended") and (run.root / "results" / "default").is_dir():
         update_readme(run.root)
     size = sum(path.stat().st_size for target in targets for path in target.rglob("*") if path.is_file())
     print(f"published runs/{run.name} as results/{name} and figures/{name} ({size / 2**20:.1f} MiB)")

@@ -102,7 +102,7 @@ def stages(config: RunConfig) -> list[Stage]:
     bench = _slice(config, *COMPUTING, "saebench")
     suite = bench["saebench"].pop("suite")
     found.append(Stage("saebench", "06_saebench", "saebench/index", ("harvest", "retrain/index"), {}, bench))
-    found.append(Stage("saebench_suite", "06_saebench", "saebench/suite_index", ("harvest", "retrain/index"), {"suite": "true"},
+    found.append(Stage("saebench_suite", "06_saebench", "saebench/suite_index", ("harvest", "retrain/index"), {"suite": True},
                        bench | {"suite": suite}, optional=True))  # fmt: skip
     everything = tuple(stage.artefact for stage in found if not stage.optional)
     return [*found, Stage("summary", "07_figures", "summary", everything, {}, config.model_dump(mode="json"))]

@@ -38,7 +38,8 @@ def differences(results: Results) -> Figure | None:
         axes.plot([row["value"]], [y], marker="o", markersize=3.6, zorder=4, **style.face(colour, row["sign"] == "?"))
     for at, k in enumerate(ks):
         axes.plot([], [], color=style.cycle_colour(at, len(ks) - 1), marker="o", markersize=3.6, label=f"k = {k}")
-    axes.plot([], [], color="#c4c4c4", linewidth=3.2, label="evaluation seeds")
+    if drawn := any(row["evaluation"] for row in rows):
+        axes.plot([], [], color="#c4c4c4", linewidth=3.2, label="evaluation seeds")
     better = {row["label"]: {1: "higher is better", -1: "lower is better", 0: "neither is better"}[row["better"]] for row in rows}
     axes.set_yticks(range(len(labels)), [f"{name}{' †' * (name in doubted)}\n({better[name]})" for name in labels], fontsize=SMALL)
     axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -47,9 +48,10 @@ def differences(results: Results) -> Figure | None:
     axes.tick_params(axis="y", length=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(len(ks) + 1, 7))
     audit = " †: unreliable by an audit (arXiv 2605.18229)." if doubted else ""
+    grey = (" Grey: 95 % t interval over evaluation seeds (texts, splits and probes) for the first training seed, at equal k."
+            if drawn else "")  # fmt: skip
     return style.finish(figure, results, "SAEs with the distilled core minus the Matryoshka baseline, paired by training seed; "
-                        "hollow where the interval contains 0. Grey: 95 % t interval over evaluation seeds (texts, splits and "
-                        f"probes) for the first training seed, at equal k.{audit}",
+                        f"hollow where the interval contains 0.{grey}{audit}",
                         f"points: mean, bars: 95 % t interval over {SEEDS}")
 
 

@@ -67,8 +67,31 @@ def _evals(summary: Row) -> list[str]:
     return lines
 
 
-def results_block(summary: Row, made: Row, base_model: Row | None) -> str:
-    """Markdown of the main numbers of one published run; ``made``: how its stages were made, from provenance.json."""
+def _claims(summary: Row) -> list[str]:
+    lines = ["| claim | verdict | numbers |", "|:--|:--|:--|"]
+    return lines + [f"| {name}: {claim['claim']} | **{claim['verdict']}** | {claim['detail']} |"
+                    for name, claim in summary["claims"].items()]
+
+
+def _chains(summary: Row) -> list[str]:
+    """One line per distillation chain."""
+    settings = ("seed", "core_sparsity", "core_decoder_init", "core_bias_init")
+    main = {name: summary["sizes" if name != "seed" else "inputs"][name] for name in settings} | {"cycles": summary["cycles"]}
+    lines = ["| chain | core competes in BatchTopK | its decoder rows start | its biases | core sizes | core L0 / k | first FVU "
+             "| last FVU |", "|:--|:-:|:--|:--|:--|--:|--:|--:|"]
+    for name, chain in {"main": main, **summary["chains"]}.items():
+        cycles, own = chain["cycles"], "yes" if chain["core_sparsity"] == "batchtopk" else "no"
+        lines.append(f"| {name} | {own} | {chain['core_decoder_init']} | {chain['core_bias_init'].replace('_', ' ')} | "
+                     f"{' '.join(str(row['core_out']) for row in cycles)} | {cycles[-1]['core_share']:.2f} | "
+                     f"{cycles[0]['fvu']['full']:.4f} | {cycles[-1]['fvu']['full']:.4f} |")
+    return lines
+
+
+def results_block(summary: Row, made: Row, base_model: Row | None, extended: Row | None = None) -> str:
+    """Markdown of the main numbers of one published run; ``made``: how its stages were made, from provenance.json.
+
+    ``extended``: the summary of the extended run, where one is published.
+    """
     hardware, seconds = made["hardware"], made["seconds"]
     lines = [BEGIN, ""]
     if base_model:
@@ -80,10 +103,12 @@ def results_block(summary: Row, made: Row, base_model: Row | None) -> str:
     sizes = summary["final_core"]["sizes"]
     lines += ["The \"final core\" under each reading: " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in sizes.items())
               + f"; retraining uses *{summary['final_core']['reading'].replace('_', ' ')}*.", ""]
-    lines += ["**Claims**, judged by code (95 % paired intervals over seeds):", "", "| claim | verdict | numbers |",
-              "|:--|:--|:--|"]
-    for name, claim in summary["claims"].items():
-        lines.append(f"| {name}: {claim['claim']} | **{claim['verdict']}** | {claim['detail']} |")
+    lines += ["**Claims**, judged by code (95 % paired intervals over seeds):", "", *_claims(summary)]
+    if extended:
+        lines += ["", "**The extended run** ([`results/extended`](results/extended/summary.json), "
+                  f"[figures](figures/extended/README.md)): {len(extended['retrain'])} SAEs, every control at every k with three "
+                  "seeds, and further distillation chains, so that C1 and C2 have seeds of their own:", "", *_claims(extended), "",
+                  *_chains(extended)]
     lines += ["", "**First answers to what reviewers asked of an earlier version:**", ""]
     lines += [f"- *{name}, {row['question']}* {row['answer']}" for name, row in summary["reviewers"].items()]
     lines += ["", "**Retraining**, means over seeds (thresholds set for a total L0 of k; *unbound*: the core alone exceeds k):",
@@ -106,11 +131,13 @@ def results_block(summary: Row, made: Row, base_model: Row | None) -> str:
 
 
 def current_block(root: Path) -> str:
-    """The block that results/default and results/base_model give now."""
+    """The block that results/default, results/extended and results/base_model give now."""
     results = Results(root / "results" / "default")
     record = root / "results" / "base_model" / "base_model.json"
     base_model = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
-    return results_block(results.summary, results.made, base_model)
+    extended = root / "results" / "extended"
+    more = Results(extended).summary if extended.is_dir() else None
+    return results_block(results.summary, results.made, base_model, more)
 
 
 def update_readme(root: Path) -> None:
