@@ -2,7 +2,7 @@
 
 Modules are stacked in floors and import only from floors below their own (a test holds them to it):
 
-0. ``provenance``, ``atomic``, ``seeds``, ``runtime``
+0. ``provenance``, ``atomic``, ``seeds``, ``runtime``, ``layout``
 1. ``artifacts`` and ``settings``, then ``config``, which checks a YAML file
 2. ``corpus``, ``language_model``, ``base_model`` and its reference ``ngram``
 3. ``activations``, ``prefetch``, ``sparsity``, ``sae``, ``workers``

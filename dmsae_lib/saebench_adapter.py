@@ -80,12 +80,18 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def our_model(model: LanguageModel) -> Iterator[None]:
-    """Whatever sae_bench loads by name is ``model``: it knows models of the Hub alone, and loads one for each eval."""
+    """Whatever sae_bench loads by name is ``model``: it knows models of the Hub alone, and loads one for each eval.
+
+    Some of its functions check by jaxtyping that they get a HookedTransformer; the bridge does as well.
+    """
+    from jaxtyping import config
     from transformer_lens import HookedTransformer
 
-    theirs = HookedTransformer.__dict__["from_pretrained_no_processing"]
+    theirs, checked = HookedTransformer.__dict__["from_pretrained_no_processing"], config.jaxtyping_disable
     HookedTransformer.from_pretrained_no_processing = classmethod(lambda cls, *names, **options: model.bridge)
+    config.update("jaxtyping_disable", True)
     try:
         yield
     finally:
         HookedTransformer.from_pretrained_no_processing = theirs
+        config.update("jaxtyping_disable", checked)

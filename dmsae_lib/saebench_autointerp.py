@@ -19,8 +19,8 @@ import torch
 from dmsae_lib.artifacts import UserError
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, undisturbed
-from dmsae_lib.saebench_hub import finite, only_result, under_any_name
+from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, our_model, undisturbed
+from dmsae_lib.saebench_hub import finite, only_result
 
 KEY = "OPENAI_API_KEY"
 RETRIES = 5  # of the client, for busy endpoints (429, 5xx) and lost connections: 15 s in all
@@ -87,7 +87,7 @@ def run_autointerp(sae: MatryoshkaSAE, model: LanguageModel, tokens: np.ndarray,
         raise UserError(f"autointerp got {len(rows)} full rows of {rows.shape[1]} tokens: it needs some of more than "
                         f"{2 * config.buffer}; raise data.test_tokens or model.context_size.")  # fmt: skip
     judge = Judge(base_url, judge_model)
-    with (undisturbed(), under_any_name(model), patch.object(main, "OpenAI", lambda api_key: judge),
+    with (undisturbed(), our_model(model), patch.object(main, "OpenAI", lambda api_key: judge),
           tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as own):  # fmt: skip
         artifacts = Path(scratch) / "autointerp"
         artifacts.mkdir()

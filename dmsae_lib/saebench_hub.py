@@ -129,26 +129,12 @@ class ProbesAsTensors:
 
 
 @contextlib.contextmanager
-def under_any_name(model: LanguageModel) -> Iterator[None]:
-    """:func:`our_model` also for the functions that check by jaxtyping that the model is a HookedTransformer."""
-    from jaxtyping import config
-
-    before = config.jaxtyping_disable
-    config.update("jaxtyping_disable", True)
-    try:
-        with our_model(model):
-            yield
-    finally:
-        config.update("jaxtyping_disable", before)
-
-
-@contextlib.contextmanager
 def _with_float_activations(model: LanguageModel) -> Iterator[None]:
-    """:func:`under_any_name` with activations in the SAE's precision, whatever the model's."""
+    """:func:`our_model` with activations in the SAE's precision, whatever the model's."""
     from sae_bench.sae_bench_utils import activation_collection
 
     plain = activation_collection.get_llm_activations
-    with under_any_name(model), patch.object(activation_collection, "get_llm_activations",
+    with our_model(model), patch.object(activation_collection, "get_llm_activations",
                                              lambda *given, **options: plain(*given, **options).float()):  # fmt: skip
         yield
 
@@ -243,7 +229,7 @@ def run_core_hub(sae: MatryoshkaSAE, model: LanguageModel, data: Path | None = N
     adapter = Adapter(sae, model)
     # multiple_evals would try four times, and then say nothing but an empty list
     get_dataset(OPENWEBTEXT, data=data, split="train", streaming=True, trust_remote_code=True)
-    with (undisturbed(), under_any_name(model), datasets_from(data, activations_store), tempfile.TemporaryDirectory() as out,
+    with (undisturbed(), our_model(model), datasets_from(data, activations_store), tempfile.TemporaryDirectory() as out,
           patch.object(main.logger, "error") as said):  # fmt: skip
         results = main.multiple_evals(
             [("dmsae", adapter)], reconstruction_batches, variance_batches, eval_batch_size_prompts=batch_rows,

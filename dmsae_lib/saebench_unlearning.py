@@ -19,8 +19,8 @@ from dmsae_lib.artifacts import hash_json
 from dmsae_lib.atomic import SCRATCH
 from dmsae_lib.language_model import LanguageModel, describe
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, undisturbed
-from dmsae_lib.saebench_hub import datasets_from, finite, only_result, under_any_name
+from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, our_model, undisturbed
+from dmsae_lib.saebench_hub import datasets_from, finite, only_result
 
 CORPUS = "bio-forget-corpus.jsonl"
 OFFICIAL = {26: "gemma-2-2b-it", 42: "gemma-2-9b-it"}  # by number of layers; the names that sae_bench has prompts for
@@ -74,7 +74,7 @@ def run_unlearning(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: 
         changed = clamp(resid, hook, **options)  # in the SAE's precision; None: nothing to clamp
         return None if changed is None else changed.to(resid.dtype)
 
-    with (undisturbed(), under_any_name(model), datasets_from(data, feature_activation, metrics),
+    with (undisturbed(), our_model(model), datasets_from(data, feature_activation, metrics),
           patch.object(feature_activation, "open", lambda _: builtins.open(corpus, encoding="utf-8"), create=True),
           patch.object(metrics, "HookedTransformer", type(model.bridge)), patch.object(model.bridge.cfg, "model_name", name),
           patch.object(metrics, "anthropic_clamp_resid_SAE_features", clamped),

@@ -51,6 +51,18 @@ def by_sae(results: Results) -> dict[tuple[int, str, int], Row]:
     return found
 
 
+def score_rows(results: Results) -> list[Row]:
+    """saebench_scores.csv: one line per SAE, eval, evaluation seed and metric; or the reason why there is none, and what
+    the ground-truth probes of absorption reach (F1 by letter), by which it is decided whether it can be run."""
+    found = []
+    for task, result in results.items():
+        values = result["metrics"] | {f"probe_f1.{letter}": f1 for letter, f1 in result.get("probe_f1", {}).items()}
+        if "not_run" in result:
+            values["not_run"] = result["not_run"]
+        found += [task._asdict() | {"metric": metric, "value": value} for metric, value in values.items()]
+    return found
+
+
 def eval_rows(results: Results, asked: Iterable[str]) -> dict[str, Row]:
     """{eval: {needs, doubt, scores, not_run}}: how many results there are, or why there is none."""
     asked, found = set(asked), {}

@@ -15,6 +15,7 @@ from dmsae_lib.artifacts import Artifact, ArtifactError, load, write
 from dmsae_lib.claims import judge
 from dmsae_lib.config import Run
 from dmsae_lib.core import READINGS, read_core, reading_members
+from dmsae_lib.layout import flat, laid_out, readable, thinned
 from dmsae_lib.results import stage_kind, validate
 from dmsae_lib.reviewers import answers
 from dmsae_lib.saebench import EVALS, REPRODUCED, Task, reproduced_tasks, suite_tasks
@@ -22,8 +23,6 @@ from dmsae_lib.saebench_probing import mean_baselines, suitable
 
 Row = dict[str, Any]
 SCHEMA_VERSION = 3
-DIGITS = 6  # significant digits kept: beyond float32's own precision there is nothing to read
-WIDTH = 160  # columns of summary.json
 CYCLE_POINTS, RETRAIN_POINTS = 150, 20  # rows kept of each training history
 L0_PARTS = ("core", "non_core", "total")
 
@@ -93,15 +92,6 @@ class Stages:
             stage = stage_kind(path.stem)
             total[stage] = total.get(stage, 0.0) + json.loads(path.read_text())["seconds"]
         return {stage: seconds for stage, seconds in total.items() if stage != "summary"}
-
-
-def readable(value: Any) -> Any:
-    """``value`` with every float rounded to six significant digits."""
-    if isinstance(value, dict):
-        return {key: readable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [readable(item) for item in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def cycle_row(sae: Row, attribution: Row, core: Row, k: int) -> Row:
@@ -209,46 +199,20 @@ def _summarise(stages: Stages) -> Row:
     return summary
 
 
-def laid_out(value: Any, indent: int = 0, used: int = 0) -> str:
-    """JSON text that people can read: whatever fits within WIDTH columns stands on one line."""
-    line = json.dumps(value, allow_nan=False)
-    if used + len(line) <= WIDTH or not isinstance(value, dict | list):
-        return line
-    if isinstance(value, dict):
-        items = [f"{json.dumps(k)}: {laid_out(v, indent + 1, indent + len(k) + 5)}" for k, v in value.items()]
-    else:
-        items = [laid_out(item, indent + 1, indent + 1) for item in value]
-    pad = " " * (indent + 1)
-    return "\n".join([line[0], ",\n".join(pad + item for item in items), pad[1:] + line[-1]])
-
-
-def flat(row: Row, prefix: str = "") -> Row:
-    """Nested dictionaries as dotted columns; lists as text."""
-    columns: Row = {}
-    for key, value in row.items():
-        columns |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return columns
-
-
-def _thinned(rows: list[dict[str, str]], points: int) -> list[dict[str, str]]:
-    """About ``points`` of the rows of a history, evenly spaced, the last one included, at six digits."""
-    step = max(1, len(rows) // points)
-    return [{key: f"{float(text):.{DIGITS}g}" for key, text in row.items()} for row in rows[::-1][::step][::-1]]
-
-
 def tables(summary: Row, stages: Stages) -> dict[str, list[Row]]:
     """The CSV files beside summary.json, by name."""
     claims = [{"claim": name} | part for name, claim in summary["claims"].items() for part in claim["parts"]]
     found = {"cycles.csv": summary["cycles"], "retrain.csv": summary["retrain"], "heatmap.csv": summary["heatmap"],
              "claims.csv": claims, "imported.csv": summary["imported"], "saebench_differences.csv": summary["differences"]}
     found = {name: [flat(row) for row in rows] for name, rows in found.items()}
+    found["saebench_scores.csv"] = readable(scores.score_rows(stages.scores()))
     found["history_cycles.csv"] = [
         {"cycle": t} | row for t in range(len(summary["cycles"]))
         if "history.csv" in stages.cycle(t)[0].files  # cycle 0 may have been trained elsewhere
-        for row in _thinned(stages.cycle(t)[0].csv("history.csv"), CYCLE_POINTS)]
+        for row in thinned(stages.cycle(t)[0].csv("history.csv"), CYCLE_POINTS)]
     found["history_retrain.csv"] = [
         {"k": k, "core": arm, "seed": seed} | row for k, arm, seed, sae in stages.retrained()
-        for row in _thinned(sae.csv("history.csv"), RETRAIN_POINTS)]
+        for row in thinned(sae.csv("history.csv"), RETRAIN_POINTS)]
     return {name: [dict.fromkeys(key for row in rows for key in row) | row for row in rows]
             for name, rows in found.items() if rows}
 

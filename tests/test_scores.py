@@ -1,5 +1,7 @@
 """SAEBench in the summary: which evals ran, each SAE's numbers, and differences whose value is known."""
 
+import csv
+
 import factory
 import pytest
 
@@ -7,7 +9,7 @@ from dmsae_lib import scores
 from dmsae_lib.claims import FAILS
 from dmsae_lib.results import compare, validate
 from dmsae_lib.saebench import EVALS, Task
-from dmsae_lib.summary import summarise
+from dmsae_lib.summary import summarise, write_summary
 
 FULL = "absorption.mean_full_absorption_score"
 
@@ -40,6 +42,19 @@ def test_differences_are_paired_by_training_seed_and_draws_are_told_apart(run):
     assert distilled["saebench"][FULL] == pytest.approx(0.5)  # the first draw's
     assert summary["claims"]["C3"]["verdict"] == FAILS  # more is absorbed, not less
     validate(summary)
+
+
+def test_every_score_is_in_the_table_with_its_seeds_and_a_missing_one_with_its_reason(run):
+    absorb(run)
+    why = {"metrics": {}, "not_run": "the model cannot spell", "probe_f1": {"a": 0.25, "b": 0.5}}
+    factory.write_scores(run, Task(96, "none", 2, "absorption", 0), why)
+    with open(write_summary(run) / "saebench_scores.csv", newline="") as handle:
+        rows = {(r["k"], r["arm"], r["seed"], r["name"], r["eval_seed"], r["metric"]): r["value"] for r in csv.DictReader(handle)}
+    assert float(rows["64", "distilled", "0", "absorption", "2", FULL.partition(".")[2]]) == pytest.approx(0.7)
+    assert float(rows["96", "none", "1", "sparse_probing", "0", "probe_top1"]) == pytest.approx(
+        factory.probe("none", 96.0, 1), rel=1e-5)  # fmt: skip
+    missing = {key[-1]: value for key, value in rows.items() if key[:4] == ("96", "none", "2", "absorption")}
+    assert missing == {"not_run": "the model cannot spell", "probe_f1.a": "0.25", "probe_f1.b": "0.5"}
 
 
 def test_a_difference_that_the_seeds_do_not_decide_has_no_sign(run):

@@ -10,10 +10,11 @@ import pytest
 
 from dmsae_lib import artifacts
 from dmsae_lib.artifacts import ArtifactError, UserError, load, write
+from dmsae_lib.layout import laid_out, readable
 from dmsae_lib.results import TOLERANCES, Results, compare, validate
 from dmsae_lib.saebench import Task
 from dmsae_lib.settings import Chain
-from dmsae_lib.summary import Stages, laid_out, readable, summarise, write_summary
+from dmsae_lib.summary import Stages, summarise, write_summary
 
 SMALL = factory.config(cycles=2, ks=(48, 64), seeds=(0, 1), controls={"random": 2, "most_frequent": 1})
 
