@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -94,3 +95,17 @@ def random_split():
         return {"tokens": tokens, "lengths": lengths}
 
     return make
+
+
+@pytest.fixture
+def no_network_nor_sweeping(monkeypatch, tmp_path_factory):
+    """For evals that look for the Hub: there is none, and sae_bench's garbage is left lying."""
+    import datasets.config
+
+    def refuse(*_):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # sae_bench calls it all the time, a third of a second each
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets cache"))

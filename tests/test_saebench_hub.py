@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 
 import pytest
 import torch
@@ -21,17 +20,7 @@ SMALL = {"train_size": 80, "test_size": 40}
 SEEING, BLIND = list(range(8)), list(range(12, 20))  # channels
 
 
-@pytest.fixture(autouse=True)
-def no_network_nor_sweeping(monkeypatch, tmp_path_factory):
-    import datasets.config
-
-    def refuse(*_):
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # sae_bench calls it all the time, a third of a second each
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets cache"))
+pytestmark = pytest.mark.usefixtures("no_network_nor_sweeping")
 
 
 @pytest.fixture(scope="module")

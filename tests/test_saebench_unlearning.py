@@ -2,7 +2,6 @@
 
 import json
 import random
-import socket
 
 import numpy as np
 import pytest
@@ -19,17 +18,7 @@ from dmsae_lib.settings import ModelConfig
 HOOK = "blocks.0.hook_resid_post"
 
 
-@pytest.fixture(autouse=True)
-def no_network_nor_sweeping(monkeypatch, tmp_path_factory):
-    import datasets.config
-
-    def refuse(*_):
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # sae_bench calls it all the time, a third of a second each
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets cache"))
+pytestmark = pytest.mark.usefixtures("no_network_nor_sweeping")
 
 
 @pytest.fixture(scope="module")
