@@ -3,15 +3,19 @@
 import contextlib
 import gc
 import io
+import os
 import random
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dmsae_lib.artifacts import UserError
+from dmsae_lib.atomic import SCRATCH
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.sae import MatryoshkaSAE
 
@@ -76,6 +80,31 @@ def undisturbed() -> Iterator[None]:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
+
+
+def residuals_by_length(model: LanguageModel, rows: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    """Residuals of token rows of any length: (their numbers, (n, longest, d_model) on the CPU), rows of like length together.
+
+    Rows are padded on the right, so that no text sees its padding.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    budget = model.config.batch_rows * model.config.context_size  # tokens per forward pass
+    while order:
+        longest = len(rows[order[-1]])
+        batch, order = order[-(budget // longest):], order[: -(budget // longest)]
+        tokens = torch.tensor([rows[i] + [model.bos] * (longest - len(rows[i])) for i in batch])
+        yield batch, model.lower(tokens.to(model.device)).cpu()
+
+
+@contextlib.contextmanager
+def whole_or_nothing(place: Path) -> Iterator[Path]:
+    """A new folder that becomes ``place`` when the block ends well; where another worker was first, its folder stays."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.parent) as scratch:
+        (fresh := Path(scratch) / "fresh").mkdir()
+        yield fresh
+        with contextlib.suppress(OSError):
+            os.rename(fresh, place)
 
 
 @contextlib.contextmanager

@@ -20,11 +20,10 @@ from dmsae_lib.artifacts import UserError
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, our_model, undisturbed
-from dmsae_lib.saebench_hub import finite, only_result
+from dmsae_lib.saebench_hub import LLM_BATCH_TOKENS, finite, only_result
 
 KEY = "OPENAI_API_KEY"
 RETRIES = 5  # of the client, for busy endpoints (429, 5xx) and lost connections: 15 s in all
-LLM_BATCH_TOKENS = 2**12
 
 
 class Judge:

@@ -10,10 +10,10 @@ them. They are large: 14 GB per set for Gemma-2-2B at sae_bench's sizes.
 """
 
 import contextlib
+import json
 import math
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,13 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import safetensors.torch
 import torch
 
 from dmsae_lib.artifacts import hash_json
-from dmsae_lib.atomic import SCRATCH
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, our_model, undisturbed
+from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, our_model, undisturbed, whole_or_nothing
 
 PATIENCE = 3  # seconds for the one request that tells whether the Hub can be reached
 OPENWEBTEXT = "Skylion007/openwebtext"
@@ -88,8 +88,8 @@ def datasets_from(data: Path | None, *modules: ModuleType) -> Iterator[None]:
         yield
 
 
-def run_kept(run: Callable[[str], dict[str, Any]], cache: Path, eval_name: str, config: Any, data: Path | None) -> dict[str, Any]:
-    """``run(artifacts_path)`` of an eval with what sae_bench keeps there for all SAEs already made.
+def run_kept(main: ModuleType, config: Any, adapter: Adapter, cache: Path, eval_name: str, data: Path | None) -> dict[str, Any]:
+    """The result of ``main.run_eval`` for one SAE, with what sae_bench keeps for all SAEs already made.
 
     It is made in a folder that moves into ``cache`` when it is whole, and then used: sae_bench's random numbers come out
     otherwise in the run that makes it. The name is the hash of ``config`` (which names the model by content) and files.
@@ -97,35 +97,47 @@ def run_kept(run: Callable[[str], dict[str, Any]], cache: Path, eval_name: str, 
     files = [] if data is None else [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
                                      for path in sorted(Path(data).resolve().rglob("*")) if path.is_file()]  # fmt: skip
     place = Path(cache) / f"{eval_name}-{hash_json([asdict(config), files])[:16]}"
+
+    def run(artifacts: Path) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as out:
+            return main.run_eval(config, [("dmsae", adapter)], str(adapter.device), out, artifacts_path=str(artifacts))
+
     if not place.is_dir():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.parent) as scratch:
-            (fresh := Path(scratch) / "artifacts").mkdir()
-            run(str(fresh))
-            with contextlib.suppress(OSError):  # another worker was first
-                os.rename(fresh, place)
-    return run(str(place))
+        with whole_or_nothing(place) as fresh:
+            run(fresh)
+    return only_result(run(place), eval_name)
 
 
 class ProbesAsTensors:
-    """Takes the place of pickle in scr_and_tpp: its probes as a file of tensors and numbers, which can hold no code."""
+    """Takes the place of pickle in scr_and_tpp: its probes in the safetensors format, keys and all."""
 
     @staticmethod
     def dump(found: dict[str, Any], handle: Any) -> None:
-        weights = {name: probe.state_dict() for name, probe in found["llm_probes"].items()}
-        accuracies = {name: float(value) for name, value in found["llm_test_accuracies"].items()}
-        torch.save({"weights": weights, "llm_test_accuracies": accuracies}, handle)
+        tensors = {json.dumps(["weight", name, part, str(tensor.device)]): tensor.contiguous()
+                   for name, probe in found["llm_probes"].items() for part, tensor in probe.state_dict().items()}  # fmt: skip
+        tensors |= {json.dumps(["accuracy", name]): torch.tensor(float(value), dtype=torch.float64)
+                    for name, value in found["llm_test_accuracies"].items()}  # fmt: skip
+        handle.write(safetensors.torch.save(tensors))
 
     @staticmethod
     def load(handle: Any) -> dict[str, Any]:
         from sae_bench.evals.sparse_probing.probe_training import Probe
 
-        found, probes = torch.load(handle, weights_only=True), {}
-        for name, state in found["weights"].items():
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        accuracies = {}
+        for key, tensor in safetensors.torch.load(handle.read()).items():
+            kind, name, *place = json.loads(key)
+            if kind == "accuracy":
+                accuracies[name] = float(tensor)
+            else:
+                part, device = place
+                states.setdefault(name, {})[part] = tensor.to(device)
+        probes = {}
+        for name, state in states.items():
             weight = state["net.weight"]
             probes[name] = Probe(weight.shape[1], weight.dtype).to(weight.device)
             probes[name].load_state_dict(state)
-        return {"llm_probes": probes, "llm_test_accuracies": found["llm_test_accuracies"]}
+        return {"llm_probes": probes, "llm_test_accuracies": accuracies}
 
 
 @contextlib.contextmanager
@@ -135,7 +147,7 @@ def _with_float_activations(model: LanguageModel) -> Iterator[None]:
 
     plain = activation_collection.get_llm_activations
     with our_model(model), patch.object(activation_collection, "get_llm_activations",
-                                             lambda *given, **options: plain(*given, **options).float()):  # fmt: skip
+                                        lambda *given, **options: plain(*given, **options).float()):  # fmt: skip
         yield
 
 
@@ -159,6 +171,10 @@ def finite(found: dict[str, Any]) -> dict[str, float | None]:
     return {name: float(value) if math.isfinite(value) else None for name, value in found.items() if value is not None}
 
 
+def _by_set(found: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    return {detail.pop("dataset_name").removesuffix("_results"): finite(detail) for detail in found["eval_result_details"]}
+
+
 def run_sparse_probing_hub(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: int,
                            texts: Texts = Texts()) -> dict[str, Any]:  # fmt: skip
     """sae_bench's original sparse probing: logistic probes on the k latents of largest mean difference, k = 1, 2, 5.
@@ -174,15 +190,10 @@ def run_sparse_probing_hub(sae: MatryoshkaSAE, model: LanguageModel, cache: Path
         **_settings(model, adapter, seed, texts), probe_train_set_size=texts.train_size, probe_test_set_size=texts.test_size,
     )  # fmt: skip
 
-    def run(artifacts: str) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as out:
-            return main.run_eval(config, [("dmsae", adapter)], str(adapter.device), out, artifacts_path=artifacts)
-
     with undisturbed(), _with_float_activations(model), datasets_from(texts.data, dataset_utils):
-        found = only_result(run_kept(run, cache, "sparse_probing", config, texts.data), "sparse_probing")
-    by_set = {detail.pop("dataset_name"): finite(detail) for detail in found["eval_result_details"]}
+        found = run_kept(main, config, adapter, cache, "sparse_probing", texts.data)
     return {"metrics": finite(found["eval_result_metrics"]["sae"] | found["eval_result_metrics"]["llm"]),
-            "sets": {name.removesuffix("_results"): values for name, values in by_set.items()}}
+            "sets": _by_set(found)}
 
 
 def run_scr_and_tpp_hub(sae: MatryoshkaSAE, model: LanguageModel, scr: bool, cache: Path, seed: int,
@@ -203,16 +214,11 @@ def run_scr_and_tpp_hub(sae: MatryoshkaSAE, model: LanguageModel, scr: bool, cac
     )  # fmt: skip
     config.n_values = [n for n in config.n_values if n <= sae.d_sae]
 
-    def run(artifacts: str) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as out:
-            return main.run_eval(config, [("dmsae", adapter)], str(adapter.device), out, artifacts_path=artifacts)
-
     with (undisturbed(), _with_float_activations(model), datasets_from(texts.data, dataset_utils, dataset_creation),
           patch.object(main, "pickle", ProbesAsTensors)):  # fmt: skip
-        found = only_result(run_kept(run, cache, name, config, texts.data), name)
-    by_set = {detail.pop("dataset_name"): finite(detail) for detail in found["eval_result_details"]}
+        found = run_kept(main, config, adapter, cache, name, texts.data)
     return {"metrics": finite(found["eval_result_metrics"][f"{name}_metrics"]),
-            "sets": {name.removesuffix("_results"): values for name, values in by_set.items()}}
+            "sets": _by_set(found)}
 
 
 def run_core_hub(sae: MatryoshkaSAE, model: LanguageModel, data: Path | None = None, reconstruction_batches: int = 200,

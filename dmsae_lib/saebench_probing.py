@@ -16,7 +16,7 @@ from torch import Tensor
 from dmsae_lib.artifacts import Artifact, UserError, load, write
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.saebench_adapter import Adapter, cache_name, undisturbed
+from dmsae_lib.saebench_adapter import Adapter, cache_name, residuals_by_length, undisturbed
 from dmsae_lib.workers import Workers
 
 METRICS = {"accuracy": "test_accuracy", "auc": "test_auc", "f1": "test_f1"}  # our names: those of sae_bench
@@ -58,15 +58,9 @@ def _last_token_residuals(model: LanguageModel, texts: list[str]) -> Tensor:
     """(texts, d_model) float32 on the CPU: BOS, then at most context_size - 1 tokens from the end of the text."""
     room = model.config.context_size - 1
     rows = [[model.bos, *ids[-room:]] for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found = torch.empty(len(rows), model.d_model)
-    budget = model.config.batch_rows * model.config.context_size  # tokens per forward pass
-    while order:
-        longest = len(rows[order[-1]])
-        batch, order = order[-(budget // longest):], order[: -(budget // longest)]
-        last = torch.tensor([len(rows[i]) - 1 for i in batch])
-        tokens = torch.tensor([rows[i] + [model.bos] * (longest - len(rows[i])) for i in batch])  # padded on the right:
-        found[batch] = model.lower(tokens.to(model.device))[range(len(batch)), last].cpu()  # no text sees its padding
+    for batch, resid in residuals_by_length(model, rows):
+        found[batch] = resid[range(len(batch)), [len(rows[i]) - 1 for i in batch]]
     return found
 
 

@@ -6,7 +6,6 @@ runs RAVEL on transformers' model itself, so that is loaded beside ours, in floa
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,10 +18,9 @@ import torch
 from torch import nn
 
 from dmsae_lib.artifacts import hash_json
-from dmsae_lib.atomic import SCRATCH
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, undisturbed
+from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, undisturbed, whole_or_nothing
 from dmsae_lib.saebench_hub import finite, hub_out_of_reach, only_result
 
 PROMPTS = "adamkarvonen/ravel_prompts"
@@ -87,10 +85,9 @@ def _prepare(model: LanguageModel, plain: Any, config: Any, place: Path, data: P
     """The prompts of each class that the model answers rightly, in ``place``, as run_eval looks for them."""
     from sae_bench.evals.ravel.instance import RAVELInstance
 
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.parent) as scratch:
-        config.artifact_dir = str(Path(scratch) / "artifacts")
-        (base := Path(config.artifact_dir) / "base").mkdir(parents=True)
+    with whole_or_nothing(place) as fresh:
+        config.artifact_dir = str(fresh)
+        (base := fresh / "base").mkdir()
         _fetch_prompts(base, list(config.entity_attribute_selection), data)
         for entity, attributes in config.entity_attribute_selection.items():
             found = RAVELInstance.create_from_files(
@@ -98,8 +95,6 @@ def _prepare(model: LanguageModel, plain: Any, config: Any, place: Path, data: P
                 model_name=config.model_name, attribute_types=attributes,
             )  # fmt: skip
             found.create_and_save_filtered_dataset(config.artifact_dir, config.top_n_entities)
-        with contextlib.suppress(OSError):  # another worker was first
-            os.rename(config.artifact_dir, place)
 
 
 def _known_facts(config: Any) -> dict[str, int]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from dmsae_lib.artifacts import Artifact, hash_json, load, write
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.saebench_adapter import Adapter, cache_name, undisturbed
+from dmsae_lib.saebench_adapter import Adapter, cache_name, residuals_by_length, undisturbed
 from dmsae_lib.saebench_texts import SCR_PAIRS, TPP_SETS, Texts, probing_texts, scr_texts, tpp_texts
 from dmsae_lib.workers import Workers
 
@@ -137,15 +137,9 @@ def _shared(model: LanguageModel, texts: Texts, scr: bool, seed: int) -> tuple[d
 def _residuals(model: LanguageModel, texts: list[str], context: int) -> list[Tensor]:
     """Each text's residuals (tokens, d_model) on the CPU, without BOS; of a long text, the beginning."""
     rows = [[model.bos, *ids[: context - 1]] for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: dict[int, Tensor] = {}
-    while order:
-        longest = len(rows[order[-1]])
-        n = max(1, model.config.batch_rows * model.config.context_size // longest)
-        batch, order = order[-n:], order[:-n]
-        tokens = torch.tensor([rows[i] + [model.bos] * (longest - len(rows[i])) for i in batch])  # padded on the right
-        for i, resid in zip(batch, model.lower(tokens.to(model.device)).cpu()):
-            found[i] = resid[1 : len(rows[i])].clone()
+    for batch, resid in residuals_by_length(model, rows):
+        found |= {i: one[1 : len(rows[i])].clone() for i, one in zip(batch, resid)}
     return [found[i] for i in range(len(rows))]
 
 

@@ -5,8 +5,6 @@ scores for each intervention as pickles and reads them back: in a folder of this
 """
 
 import builtins
-import contextlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,10 +14,9 @@ from unittest.mock import patch
 from torch import Tensor
 
 from dmsae_lib.artifacts import hash_json
-from dmsae_lib.atomic import SCRATCH
 from dmsae_lib.language_model import LanguageModel, describe
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, our_model, undisturbed
+from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, our_model, undisturbed, whole_or_nothing
 from dmsae_lib.saebench_hub import datasets_from, finite, only_result
 
 CORPUS = "bio-forget-corpus.jsonl"
@@ -37,16 +34,14 @@ def _learn_what_it_knows(model: LanguageModel, config: Any, place: Path) -> None
     """The questions that the model answers rightly in every order of the choices, in ``place``, as sae_bench keeps them."""
     from sae_bench.evals.unlearning.utils import metrics
 
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.parent) as scratch:
+    with whole_or_nothing(place) as fresh, tempfile.TemporaryDirectory() as scratch:
         for name in config.dataset_names:
             metrics.save_target_question_ids(model.bridge, 2 * BATCH_ROWS, scratch, name)
             file = name if name == "wmdp-bio" else f"mmlu-{name.replace('_', '-')}"
             known = Path(scratch) / "data/question_ids/all" / f"{file}_correct.csv"
             if not known.read_text(encoding="utf-8").split():
                 raise NotRun(f"the model answers no question of {name} rightly in every order of the choices")
-        with contextlib.suppress(OSError):  # another worker was first
-            os.rename(Path(scratch) / "data", place)
+        shutil.copytree(Path(scratch) / "data", fresh, dirs_exist_ok=True)
 
 
 def run_unlearning(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: int, corpus: Path | None = None,

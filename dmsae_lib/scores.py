@@ -85,12 +85,13 @@ def differences(rows: list[Row], results: Results) -> list[Row]:
     """
     found = []
     for metric, (label, better) in HEADLINES.items():
+        name = metric.partition(".")[0]
+        doubted = name in EVALS and bool(EVALS[name].doubt)
         for k in sorted({row["k"] for row in rows}):
             gains = list(advantage(rows, "distilled", k, metric).values())
             if gains:
                 interval = t_interval(gains)
                 sign = "?" if interval is None or interval[0] <= 0 <= interval[1] else "+" if interval[0] > 0 else "-"
-                doubted = metric.partition(".")[0] in EVALS and bool(EVALS[metric.partition(".")[0]].doubt)
                 found.append({"metric": metric, "label": label, "better": better, "doubted": doubted, "k": k,
                               "value": sum(gains) / len(gains), "interval": interval, "n": len(gains), "sign": sign,
                               "evaluation": _over_draws(metric, k, results)})

@@ -7,6 +7,7 @@ with which code is in provenance.json beside them.
 
 import json
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class Stages:
         index = self.get("retrain_index", self.run.folder / "retrain" / "index").json("index.json")
         return [row for row in index["rows"] if row["k"] == k and "coverage_curve" in row]
 
+    @cached_property
     def scores(self) -> dict[Task, Row]:
         """The results of every SAEBench eval that the configuration asks for and that is there."""
         settings, retrain = self.run.config.saebench, self.run.config.retrain
@@ -161,7 +163,7 @@ def summarise(run: Run) -> Row:
 def _summarise(stages: Stages) -> Row:
     config, harvest = stages.run.config, stages.harvest().json("record.json")
     cycles, last = cycle_rows(stages), config.distill.cycles
-    scored = stages.scores()
+    scored = stages.scores
     of_sae = scores.by_sae(scored)
     retrained = [retrain_row(k, arm, seed, sae.json("metrics.json"), of_sae.get((k, arm, seed)))
                  for k, arm, seed, sae in stages.retrained()]
@@ -205,7 +207,7 @@ def tables(summary: Row, stages: Stages) -> dict[str, list[Row]]:
     found = {"cycles.csv": summary["cycles"], "retrain.csv": summary["retrain"], "heatmap.csv": summary["heatmap"],
              "claims.csv": claims, "imported.csv": summary["imported"], "saebench_differences.csv": summary["differences"]}
     found = {name: [flat(row) for row in rows] for name, rows in found.items()}
-    found["saebench_scores.csv"] = readable(scores.score_rows(stages.scores()))
+    found["saebench_scores.csv"] = readable(scores.score_rows(stages.scores))
     found["history_cycles.csv"] = [
         {"cycle": t} | row for t in range(len(summary["cycles"]))
         if "history.csv" in stages.cycle(t)[0].files  # cycle 0 may have been trained elsewhere
