@@ -76,7 +76,7 @@ def synthetic_activations(tokens: int, d_in: int) -> Tensor:
 def settle(shape: Shape, batches: Tensor, device: str) -> dict[str, Tensor]:
     """Weights after ``shape.settle`` steps of ours, as W_enc (d_sae, d_in), W_dec, b_enc, b_dec and the threshold."""
     sae = MatryoshkaSAE(shape.d_in, shape.d_sae, shape.widths[:-1])
-    sae.initialise(0, batches[0].cpu())
+    sae.initialise(torch.Generator().manual_seed(0), batches[0].cpu())
     config = TrainingConfig(k=shape.k, batch_size=shape.batch_size, lr=1e-3, decay=0.5, autocast=shape.bf16)
     trainer = Trainer(sae.to(device), config, shape.settle)
     for step in range(shape.settle):

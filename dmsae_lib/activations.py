@@ -8,7 +8,7 @@ be made again without replaying the ones before.
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ def harvest(writer: Writer, model: LanguageModel, splits: dict[str, dict[str, np
     limit = data.outlier_norm * middle
     dtype = getattr(torch, model.config.dtype)
     total, squares, outliers, shard, pending, rows = 0, 0.0, 0, 0, [], 0
+    summed = torch.zeros(model.d_model, dtype=torch.float64)
     for x in usable_residuals(model, splits["train"]):
         finite(x, f"the train split, contexts {rows} to {rows + model.config.batch_rows - 1}")
         rows += model.config.batch_rows
@@ -68,6 +69,7 @@ def harvest(writer: Writer, model: LanguageModel, splits: dict[str, dict[str, np
         x = x[norms <= limit][: data.train_tokens - total]
         total += len(x)
         squares += float(x.square().sum(dtype=torch.float64))
+        summed += x.sum(0, dtype=torch.float64).cpu()
         if data.store == "disk":
             pending.append(x.cpu())
             if sum(map(len, pending)) >= SHARD_ROWS:
@@ -79,13 +81,16 @@ def harvest(writer: Writer, model: LanguageModel, splits: dict[str, dict[str, np
     if pending:
         writer.tensors(f"shard_{shard:04d}.safetensors", {"x": torch.cat(pending).to(dtype)})
         shard += 1
-    clean, zero = reference_losses(model, splits["test"])
-    if not math.isfinite(clean + zero):
-        raise UserError(f"The model's loss on the test split is {clean}, and {zero} with the residual set to zero: look at "
-                        "model.dtype and at the model's weights.")  # fmt: skip
+    mean = (summed / total).float()
+    writer.tensors("mean.safetensors", {"mean": mean})
+    losses = reference_losses(model, splits["test"], mean.to(model.device))
+    if not math.isfinite(sum(losses)):
+        raise UserError(f"The model's loss on the test split is {losses.clean}, and {losses.zero} with the residual set to zero: "
+                        "look at model.dtype and at the model's weights.")  # fmt: skip
     counts = {name: int(sum(usable_count(arrays, model.bos))) for name, arrays in splits.items()}
     return {"n_tokens": counts, "harvested": total, "shards": shard, "scale": (squares / total) ** 0.5, "median_norm": middle,
-            "outlier_limit": limit, "outliers_dropped": outliers, "clean_loss": clean, "zero_loss": zero}
+            "outlier_limit": limit, "outliers_dropped": outliers,
+            **{f"{name}_loss": value for name, value in losses._asdict().items()}}
 
 
 def usable_count(split: dict[str, np.ndarray], bos: int) -> np.ndarray:
@@ -94,17 +99,26 @@ def usable_count(split: dict[str, np.ndarray], bos: int) -> np.ndarray:
     return (inside & (split["tokens"] != bos)).sum(1)
 
 
+class Losses(NamedTuple):
+    """Next-token losses of a model on a split, nats: bare, and with the usable positions' residual set to zero or the mean."""
+
+    clean: float
+    zero: float
+    mean: float
+
+
 @torch.no_grad()
-def reference_losses(model: LanguageModel, split: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Next-token loss in nats of the clean model and with the usable positions' residual set to zero."""
-    clean = zero = 0.0
-    count = 0
+def reference_losses(model: LanguageModel, split: dict[str, np.ndarray], mean: Tensor) -> Losses:
+    """``mean`` (d_in,) is that of the training activations, unnormalised."""
+    sums, count = [0.0, 0.0, 0.0], 0
     for tokens, lengths, resid in lowered(model, split):
-        ablated = torch.where(usable_positions(tokens, lengths, model.bos)[..., None], 0.0, resid)
+        usable = usable_positions(tokens, lengths, model.bos)[..., None]
         loss, n = next_token_loss(model.logits(tokens), tokens, lengths, model.bos)
-        clean, count = clean + float(loss), count + n
-        zero += float(next_token_loss(model.upper(tokens, ablated), tokens, lengths, model.bos)[0])
-    return clean / count, zero / count
+        sums[0], count = sums[0] + float(loss), count + n
+        for place, put in ((1, torch.zeros_like(mean)), (2, mean)):
+            ablated = model.upper(tokens, torch.where(usable, put.to(resid.dtype), resid))
+            sums[place] += float(next_token_loss(ablated, tokens, lengths, model.bos)[0])
+    return Losses(*(total / count for total in sums))
 
 
 def load_split(artifact: Artifact, name: str) -> dict[str, np.ndarray]:

@@ -1,29 +1,27 @@
 """The cores that notebook 05 retrains with: the distilled one and its controls, from the artefacts of all cycles."""
 
+import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dmsae_lib import artifacts
-from dmsae_lib.artifacts import hash_json
 from dmsae_lib.config import Run
 from dmsae_lib.core import Core, Pool, candidate_pool, control_core, final_core, read_core
 from dmsae_lib.sae import load_sae
-from dmsae_lib.settings import LONGER
+from dmsae_lib.seeds import generator
+from dmsae_lib.settings import CONTROLS, LONGER
 
 
 @dataclass
 class Arms:
+    """What one distillation chain gives its retraining."""
+
     core: Core
     pool: Pool
-    parents: dict[str, str]  # every cycle's SAE and the last core
-
-    @cached_property
-    def hash(self) -> str:
-        """What every SAE with a core depends on."""
-        return hash_json([self.parents, [latent.id for latent in self.core.latents]])
+    seed: int  # of the chain
+    chain: str
 
     @property
     def frequency(self) -> Tensor:
@@ -31,23 +29,35 @@ class Arms:
         return torch.tensor([latent.frequency for latent in self.core.latents])
 
 
-def open_arms(run: Run) -> Arms:
-    """Load the main chain's cores and first prefixes; ArtifactError where a cycle is missing."""
-    cfg, cycles, parents = run.config, [], {}
+def open_arms(run: Run, chain: str = "main") -> Arms:
+    """Load a chain's cores and first prefixes; ArtifactError where a cycle is missing."""
+    cfg, cycles = run.config.for_chain(chain), []
+    prefix = "" if chain == "main" else f"chain_{chain}_"
     for t in range(cfg.distill.cycles + 1):
-        sae = artifacts.load(run.cycle(t, "sae"), "sae", f"stages STAGE=cycle_{t}_train")
-        table = artifacts.load(run.cycle(t, "attribution"), "attribution", f"stages STAGE=cycle_{t}_attribute")
+        sae = artifacts.load(run.cycle(t, "sae", chain), "sae", f"stages STAGE={prefix}cycle_{t}_train")
+        table = artifacts.load(run.cycle(t, "attribution", chain), "attribution", f"stages STAGE={prefix}cycle_{t}_attribute")
         frequency = torch.tensor([float(row["frequency"]) for row in table.csv("table.csv")], dtype=torch.float64)
         cycles.append((t, load_sae(sae), frequency))
-        parents[f"cycle_{t}"] = sae.hash
-    last = artifacts.load(run.cycle(cfg.distill.cycles, "core"), "core", f"stages STAGE=cycle_{cfg.distill.cycles}_distill")
-    return Arms(final_core(read_core(last), cfg.distill.final_core), candidate_pool(cycles), parents | {"core": last.hash})
+    last = cfg.distill.cycles
+    core = artifacts.load(run.cycle(last, "core", chain), "core", f"stages STAGE={prefix}cycle_{last}_distill")
+    return Arms(final_core(read_core(core), cfg.distill.final_core), candidate_pool(cycles), cfg.seed, chain)
 
 
-def core_rows(arms: Arms, arm: str, seed: int) -> tuple[Tensor | None, float | None]:
-    """Encoder rows (size, d_in) of an arm's core, None without one; and its overlap with the distilled core."""
+def core_rows(arms: Arms, arm: str, seed: int, x: Tensor) -> tuple[Tensor | None, float | None]:
+    """Encoder rows (size, d_in) of an arm's core, None without one; and its overlap with the distilled core.
+
+    ``x`` (tokens, d_in) are normalised activations, of which some controls are made. The overlap is None for rows that are
+    no latents, and for arms without a core.
+    """
     if arm == "none" or arm in LONGER:
         return None, None
-    if arm == "distilled":
+    if arm not in CONTROLS:
         return arms.core.rows, 1.0
-    return control_core(arm, arms.core, arms.pool, seed)
+    rows, ids = control_core(arm, arms.core, arms.pool, x, generator(arms.seed, "control", arms.chain, arm, seed))
+    members = {latent.id for latent in arms.core.latents}
+    return rows, sum(name in members for name in ids) / len(rows) if ids else None
+
+
+def rows_hash(rows: Tensor) -> str:
+    """sha256 of encoder rows: an SAE depends on which rows it was given, however they were chosen."""
+    return hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest()

@@ -16,6 +16,8 @@ from torch import Tensor
 from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
 from dmsae_lib.sae import MatryoshkaSAE
 
+# By how much of max |A| the closed form and autograd may differ: rounding in the model's own type, through all its layers.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 # Bins of the quantile's histogram, logarithmic: 2,000 over 20 decades is a relative resolution of 2.3 %.
 BINS, LOW, HIGH = 2000, -14.0, 6.0
@@ -31,12 +33,12 @@ def gradient_at_prefix0(model: LanguageModel, sae: MatryoshkaSAE, tokens: Tensor
     usable = usable_positions(tokens, lengths, model.bos)
     candidates = sae.n_core + sae.prefixes[0]
     with torch.no_grad():
-        f = sae.encode(resid)
+        f = sae.encode(resid, first=candidates)
         xhat = sae.decode_prefix(f, 0)
     put = torch.where(usable[..., None], xhat, resid).requires_grad_(True)
     loss, _ = next_token_loss(model.upper(tokens, put), tokens, lengths, model.bos)
     (g,) = torch.autograd.grad(loss, put)
-    return f[usable][:, :candidates], g[usable]
+    return f[usable], g[usable]
 
 
 def contributions(f: Tensor, g: Tensor, sae: MatryoshkaSAE) -> Tensor:
@@ -152,3 +154,13 @@ def describe(table: AttributionTable, coverage: float, aggregator: str) -> dict[
     curve = [[c, len(smallest_cover(default, c))] for c in COVERAGES]
     return {"candidates": len(default), "tokens": table.tokens, "aggregators": compared, "stability": stability,
             "coverage_curve": curve}
+
+
+def selected_again(table: AttributionTable, coverage: float, aggregator: str) -> dict[str, float]:
+    """What the selection makes of the frozen rows: {core_in, kept, selected}, and the chosen candidates' median frequency.
+
+    ``kept`` of the ``core_in`` frozen rows are among the ``selected``; for a placebo's rows that is the null of claim C2.
+    """
+    chosen = smallest_cover(table.scores[aggregator], coverage)
+    return {"core_in": table.n_core, "kept": int((chosen < table.n_core).sum()), "selected": len(chosen),
+            "frequency": float(table.scores["frequency"][chosen].median())}

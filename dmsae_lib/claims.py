@@ -1,96 +1,56 @@
-"""The claims of the paper that can be judged without its numbers, each decided from rows of the summary.
+"""The claims of the paper that can be judged without its numbers, each decided from rows of the summary (method, section 7).
 
-Every claim is made of parts (one per cycle, or per k, control or metric). A part compares a number per seed with a
-bound, by the 95 % t interval of the seeds' mean:
+The unit of inference for anything about cores is the distillation chain: the main one, and every other that has its core settings
+and another seed. A chain's value is the mean over its retraining seeds. Claims are made of parts, one per cycle, k, control or
+metric, which :mod:`dmsae_lib.verdicts` decides; ``value``, ``interval`` and ``n`` of a claim are those of the part that its
+docstring names. The loss is the loss increase ce_sae - ce_clean in nats: lower is better.
 
-    holds            the whole interval is on the claimed side of the bound
-    does not hold    the whole interval is on the other side
-    not decidable    the interval contains the bound, there are fewer than two seeds, or the part was not run
-
-A claim holds only if every deciding part holds; it does not hold as soon as one deciding part does not; otherwise it
-is not decidable. Intervals are not widened for the number of parts. ``value``, ``interval`` and ``n`` of a claim are
-those of the part that its docstring names.
-
-SAEs are compared at *measured* L0: each is set against the baseline without a core of the same seed, interpolated
-linearly in log L0 between the k's it was trained at. An SAE whose core alone reaches k is ``unbound``: its L0 cannot
-be brought to k, and it enters no comparison.
+SAEs are compared at *measured* L0: each is set against the baseline without a core of the same chain and seed, interpolated
+linearly in log L0 between the k's it was trained at. A chain without a baseline of its own enters no comparison. Neither does an
+SAE that is ``unbound``: its core alone reaches k, so that its L0 cannot be brought to k.
 """
 
 import math
-from collections.abc import Iterable
+from statistics import fmean
 from typing import Any
 
-from dmsae_lib.settings import CoreSettings
+from dmsae_lib.settings import CONTROLS, CoreSettings
+from dmsae_lib.verdicts import FAILS, HOLDS, decided, group_part, overall, part, pseudo_values
+from dmsae_lib.verdicts import t_interval as t_interval  # for the figures
 
 Row = dict[str, Any]
-HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable"
+OfSAE = dict[tuple[str, int], float]  # a number by (chain, training seed)
 
-CONFIDENCE = 0.95
-SETTLED = 0.10  # C1: largest change of the core's size that counts as settled
-CLOSE = 0.01  # C5: how far below the baseline loss recovered may be
-# Thresholds are calibrated to 2 % of k on held-out text, so two SAEs of the same k can differ by 4 % in L0. Within
-# that margin the baseline's outermost segment is prolonged; beyond it there is nothing to compare with.
+SETTLED = 0.10  # C1: change of the core's size, up or down, that counts as none
+CLOSE = 0.02  # C3, C5: nats (for RAVEL: of its score) that count as no difference
+# Thresholds are calibrated to 1 % of k, on other text than L0 is measured on, so two SAEs of the same k can differ by 4 % in L0.
+# Within that margin the baseline's outermost segment is prolonged; beyond it there is nothing to compare with.
 L0_MARGIN = 0.04
-CONTROLS = ("random", "frequency_matched", "random_directions")
+OF_SAE = ("loss_increase", "loss_recovered", "loss_recovered_mean", "fvu")
 AUDITED = "unreliable by arXiv 2605.18229"
-# C3: what DMSAE should win, and what it should not: label, whether "above" is claimed, and the metrics that show it, of
-# which the first that was measured counts (SCR and TPP on sae_bench's own data before ours).
-WINS = [
-    ("sparse probing, top 1", True, ("probe_top1",)),
-    ("sparse probing, top 5", True, ("probe_top5",)),
-    ("full absorption", False, ("absorption.mean_full_absorption_score",)),
-    (f"SCR, {AUDITED}", True, ("scr_hub.scr_metric_threshold_20", "scr.scr_metric_threshold_20")),
-    (f"TPP, {AUDITED}", True, ("tpp_hub.tpp_threshold_20_total_metric", "tpp.tpp_threshold_20_total_metric")),
+CHAIN, SEED = "distillation chain", "training seed (one distilled core)"
+# C3: label, metrics of which the first that was measured counts (SCR and TPP on sae_bench's own data before ours), the claimed side
+# of which bound, whether low k alone are meant, and whether it decides: what `make reproduce` always runs does.
+COMPARED = [
+    ("sparse probing, top 1", ("probe_top1",), "above", 0.0, True, True),
+    ("sparse probing, top 5", ("probe_top5",), "above", 0.0, True, True),
+    ("loss increase", ("loss_increase",), "above", -CLOSE, False, True),
+    ("full absorption", ("absorption.mean_full_absorption_score",), "below", 0.0, True, False),
+    (f"SCR, {AUDITED}", ("scr_hub.scr_metric_threshold_20", "scr.scr_metric_threshold_20"), "above", 0.0, True, False),
+    (f"TPP, {AUDITED}", ("tpp_hub.tpp_threshold_20_total_metric", "tpp.tpp_threshold_20_total_metric"), "above", 0.0, True, False),
+    ("RAVEL", ("ravel.disentanglement_score",), "below", CLOSE, False, False),
 ]
-NO_WINS = [("loss recovered", False, ("loss_recovered",)), ("RAVEL", False, ("ravel.disentanglement_score",))]
-
-
-def t_interval(values: Iterable[float]) -> list[float] | None:
-    """[low, high] of the 95 % t interval of the mean; None below two values."""
-    from scipy.special import stdtrit  # Student's t quantile; scipy.stats would take four times as long to import
-
-    values = list(values)
-    n = len(values)
-    if n < 2:
-        return None
-    mean = sum(values) / n
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * deviation / math.sqrt(n)
-    return [mean - half, mean + half]
-
-
-def decide(interval: list[float] | None, bound: float, above: bool) -> str:
-    """Verdict of "the mean is above (or below) the bound"; an interval that touches the bound decides nothing."""
-    if interval is None or interval[0] <= bound <= interval[1]:
-        return OPEN
-    return HOLDS if (interval[0] > bound) == above else FAILS
-
-
-def part(name: str, values: Iterable[float], bound: float = 0.0, above: bool = True, k: int | None = None,
-         decides: bool = True) -> Row:
-    values = list(values)
-    interval = t_interval(values)
-    return {"part": name, "k": k, "value": sum(values) / len(values) if values else None, "interval": interval,
-            "n": len(values), "bound": bound, "side": "above" if above else "below",
-            "verdict": decide(interval, bound, above), "decides": decides}
-
-
-def overall(parts: list[Row]) -> str:
-    verdicts = [p["verdict"] for p in parts if p["decides"]]
-    if FAILS in verdicts:
-        return FAILS
-    return HOLDS if verdicts and set(verdicts) == {HOLDS} else OPEN
 
 
 def score(row: Row, metric: str) -> float | None:
-    """``loss_recovered`` or ``fvu`` of a retrain row, or a SAEBench number of it; None where it was not measured."""
-    return row[metric] if metric in ("loss_recovered", "fvu") else (row["saebench"] or {}).get(metric)
+    """A loss or the FVU of a retrain row, or a SAEBench number of it; None where it was not measured."""
+    return row[metric] if metric in OF_SAE else (row["saebench"] or {}).get(metric)
 
 
-def baseline_at(rows: list[Row], seed: int, l0: float, metric: str) -> float | None:
-    """The baseline's score at total L0 = ``l0``: same seed, linear in log L0; None where it has no point near."""
+def baseline_at(rows: list[Row], chain: str, seed: int, l0: float, metric: str) -> float | None:
+    """The baseline's score at total L0 = ``l0``: same chain and seed, linear in log L0; None where it has no point near."""
     points = sorted((math.log(r["L0"]["total"]), score(r, metric)) for r in rows
-                    if r["core"] == "none" and r["seed"] == seed and score(r, metric) is not None)
+                    if (r["chain"], r["core"], r["seed"]) == (chain, "none", seed) and score(r, metric) is not None)
     x = math.log(l0)
     if not points or not points[0][0] - L0_MARGIN <= x <= points[-1][0] + L0_MARGIN:
         return None
@@ -101,21 +61,30 @@ def baseline_at(rows: list[Row], seed: int, l0: float, metric: str) -> float | N
     return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
-def advantage(rows: list[Row], arm: str, k: int, metric: str) -> dict[int, float]:
-    """{seed: score of the arm's SAE minus the baseline's at its measured L0}; unbound SAEs are left out."""
+def advantage(rows: list[Row], arm: str, k: int | None, metric: str) -> OfSAE:
+    """{(chain, seed): score of the arm's SAE minus the baseline's at its measured L0}; unbound SAEs are left out."""
     gains = {}
     for row in rows:
         if row["core"] == arm and row["k"] == k and not row["unbound"] and score(row, metric) is not None:
-            base = baseline_at(rows, row["seed"], row["L0"]["total"], metric)
+            base = baseline_at(rows, row["chain"], row["seed"], row["L0"]["total"], metric)
             if base is not None:
-                gains[row["seed"]] = score(row, metric) - base
+                gains[row["chain"], row["seed"]] = score(row, metric) - base
     return gains
 
 
-def over_control(rows: list[Row], control: str, k: int) -> list[float]:
-    """Loss recovered, distilled minus control, each against the baseline at its own measured L0; one per seed."""
-    distilled, other = (advantage(rows, arm, k, "loss_recovered") for arm in ("distilled", control))
-    return [distilled[seed] - other[seed] for seed in sorted(distilled.keys() & other.keys())]
+def paired(a: OfSAE, b: OfSAE) -> OfSAE:
+    """a - b where both have a value."""
+    return {key: a[key] - b[key] for key in a if key in b}
+
+
+def over_control(rows: list[Row], control: str, k: int) -> OfSAE:
+    """Loss increase, distilled minus control, each against the baseline at its own measured L0."""
+    return paired(*(advantage(rows, arm, k, "loss_increase") for arm in ("distilled", control)))
+
+
+def by_chain(found: OfSAE) -> dict[str, float]:
+    """{chain: mean over its training seeds}."""
+    return {chain: fmean(v for (c, _), v in found.items() if c == chain) for chain in dict.fromkeys(c for c, _ in found)}
 
 
 def bound_ks(rows: list[Row]) -> list[int]:
@@ -123,123 +92,198 @@ def bound_ks(rows: list[Row]) -> list[int]:
     return sorted({r["k"] for r in rows if r["core"] == "distilled" and not r["unbound"]})
 
 
+def judged_chains(summary: Row) -> dict[str, list[Row]]:
+    """{chain: its cycle rows}: the main chain, and those that differ from it in the seed alone."""
+    found, seeds = {"main": summary["cycles"]}, {summary["inputs"]["seed"]}
+    for name, chain in summary["chains"].items():
+        if chain["seed"] not in seeds and all(chain[s] == summary["sizes"][s] for s in CoreSettings.model_fields):
+            found[name] = chain["cycles"]
+            seeds.add(chain["seed"])  # a chain that repeats another would count it twice
+    return found
+
+
 def number(value: float | None, digits: int = 4) -> str:
     return "not measured" if value is None else f"{value:+.{digits}f}"
 
 
 def _claim(claim: str, parts: list[Row], headline: Row | None, varied: str, detail: str) -> Row:
-    shown = headline or {"value": None, "interval": None, "n": 0}
+    shown, parts = headline or {"value": None, "interval": None, "n": 0}, decided(parts)
+    verdicts = [p["verdict"] for p in parts if p["decides"]]
+    tally = (f" Of {len(verdicts)} deciding parts {verdicts.count(HOLDS)} hold and {verdicts.count(FAILS)} do not."
+             if len(verdicts) > 1 else "")
     return {"claim": claim, "verdict": overall(parts), "value": shown["value"], "interval": shown["interval"],
-            "n": shown["n"], "varied": varied, "detail": detail, "parts": parts}
+            "n": shown["n"], "varied": varied, "detail": detail + tally, "parts": parts}
 
 
-def core_settles(distillations: list[list[Row]]) -> Row:
-    """C1: the core's size changes by at most 10 % in each of the last two cycles.
+def _furthest(parts: list[Row], key: Any) -> Row | None:
+    """The deciding part with the largest ``key`` of its value; None where none has a value."""
+    return max((p for p in parts if p["decides"] and p["n"]), key=lambda p: key(p["value"]), default=None)
 
-    ``distillations`` holds the cycle rows of each distillation seed. The claim's value is the larger change.
+
+def core_settles(chains: dict[str, list[Row]]) -> Row:
+    """C1: in each of the last two cycles the core's size changes by at most 10 %, up or down.
+
+    The claim's value is the change that is further from 0.
     """
-    last = distillations[0][-1]["cycle"]
-    parts = [part(f"cycle {t}", [abs(rows[t]["core_out"] - rows[t - 1]["core_out"]) / rows[t - 1]["core_out"]
-                                 for rows in distillations], SETTLED, above=False)
-             for t in (last - 1, last) if t >= 1]
-    headline = max(parts, key=lambda p: p["value"])
-    sizes = [row["core_out"] for row in distillations[0][-3:]]
-    trend = {True: "shrinks", False: "grows"}[sizes[-1] < sizes[-2]] if sizes[-1] != sizes[-2] else "keeps its size"
-    detail = (f"The largest change in the last two cycles is {headline['value']:.1%} (bound {SETTLED:.0%}); core sizes "
-              f"{', '.join(map(str, sizes))}, so in the last cycle the core {trend}.")
-    return _claim("The core settles: its size changes by at most 10 % in each of the last two cycles.",
-                  parts, headline, "distillation seed", detail)
+    last = chains["main"][-1]["cycle"]
+    cycles = [t for t in (last - 1, last) if t >= 1]
+    parts = [part(f"cycle {t}", [rows[t]["core_out"] / rows[t - 1]["core_out"] - 1 for rows in chains.values()], SETTLED, "within")
+             for t in cycles]
+    changes = ", ".join(f"{p['value']:+.1%} in {p['part']}" for p in parts)
+    same = ", ".join(f"{fmean(rows[t]['jaccard'] for rows in chains.values()):.2f}" for t in cycles)
+    sizes = ", ".join(str(row["core_out"]) for row in chains["main"][-3:])
+    return _claim("The core settles: its size changes by at most 10 % in each of the last two cycles.", parts,
+                  _furthest(parts, abs), CHAIN, f"Mean change {changes} (bound {SETTLED:.0%}); Jaccard index of the core and the one "
+                  f"before {same}; the main chain's last sizes {sizes}.")
 
 
-def core_is_reselected(distillations: list[list[Row]], m_0: int) -> Row:
-    """C2: the share of C(t) first selected in an earlier cycle is above c / (c + m_0), t = 1 .. last.
+def core_is_reselected(chains: dict[str, list[Row]], m_0: int) -> Row:
+    """C2: of the frozen rows more are selected again than of placebo rows, which nothing ever selected, in the same cycles.
 
-    That bound is what selecting uniformly among the candidates (c core latents, m_0 of prefix 0) would give. A part
-    is the excess over it in one cycle; the claim's value is the smallest excess.
+    A part per kind of placebo, over each chain's mean over cycles 1 .. last; single cycles are reported. The claim's value is the
+    smallest excess. Uniform selection among the candidates would keep core_out / (core_in + m_0) of the rows.
     """
-    parts = [part(f"cycle {t}", [rows[t]["kept"] / rows[t]["core_out"] - rows[t]["core_in"] / (rows[t]["core_in"] + m_0)
-                                 for rows in distillations]) for t in range(1, len(distillations[0]))]
-    headline = min(parts, key=lambda p: p["value"])
-    row = distillations[0][-1]
-    share, uniform = row["kept"] / row["core_out"], row["core_in"] / (row["core_in"] + m_0)
-    detail = (f"In the last cycle {row['kept']} of {row['core_out']} core latents ({share:.1%}) come from earlier "
-              f"cycles, against {uniform:.1%} under uniform selection; the smallest excess is "
-              f"{headline['value']:+.3f} ({headline['part']}).")
-    return _claim("The core is re-selected: more of it comes from earlier cycles than uniform selection would keep.",
-                  parts, headline, "distillation seed", detail)
+    parts = []
+    for kind in sorted({kind for rows in chains.values() for row in rows for kind in row["placebos"]}):
+        shares = [{row["cycle"]: (row["kept"] / row["core_in"], null["kept"] / null["core_in"])
+                   for row in rows if (null := row["placebos"].get(kind))} for rows in chains.values()]
+        shares = [of for of in shares if of]
+        parts.append(group_part(f"above {kind}", *([fmean(pair[i] for pair in of.values()) for of in shares] for i in (0, 1))))
+        parts += [group_part(f"above {kind}, cycle {t}", *([of[t][i] for of in shares if t in of] for i in (0, 1)), decides=False)
+                  for t in sorted({t for of in shares for t in of})]
+    kept = fmean(row["kept"] / row["core_in"] for rows in chains.values() for row in rows[1:])
+    row = chains["main"][-1]
+    uniform = row["core_out"] / (row["core_in"] + m_0)
+    shown = ", ".join(f"{p['value']:+.3f} {p['part']}" for p in parts if p["decides"])
+    detail = (f"Of the frozen rows {kept:.1%} are selected again, mean over cycles and chains: {shown or 'placebo rows were not run'}. "
+              f"In the main chain's last cycle {row['kept']} of {row['core_in']} ({row['kept'] / row['core_in']:.1%}; uniform "
+              f"selection, a weak reference, {uniform:.1%}).")
+    return _claim("The core is re-selected: more of it is selected again than of rows that never were selected.",
+                  parts or [part("above placebo rows (not run)", [])], _furthest(parts, lambda v: -v), CHAIN, detail)
 
 
 def beats_baseline(rows: list[Row], k: int) -> Row:
-    """C3: at equal L0, above the Matryoshka baseline in sparse probing, SCR and TPP and below it in absorption at low k,
-    and not above it in loss recovered and RAVEL.
+    """C3: at equal L0, better than the Matryoshka baseline in sparse probing at low k, and no better in loss by more than .02 nats.
 
-    ``k`` is the distillation k; "low" is up to it, larger k's are reported and do not decide. Metrics that the claim
-    names and that were not run keep it from holding. The claim's value is probing top 1 at the largest low k.
+    These two always are run, and decide; absorption, SCR, TPP and RAVEL are reported where they were. ``k`` is the distillation
+    k, "low" is up to it. Over chains where the cores of several were scored, else over the main one's training seeds. The
+    claim's value is probing top 1 at the largest low k.
     """
-    def parts_of(label: str, above: bool, metrics: tuple[str, ...], low: bool) -> list[Row]:
-        for metric in metrics:
-            gains = {at: advantage(rows, "distilled", at, metric).values() for at in bound_ks(rows)}
-            if any(gains.values()):
-                return [part(label, found, above=above, k=at, decides=at <= k or not low) for at, found in gains.items() if found]
-        return [part(f"{label} (not run)", [])]
+    scored = {r["chain"] for r in rows if r["core"] == "distilled" and score(r, "probe_top1") is not None}
+    several = len(scored) > 1
+    rows = [r for r in rows if r["chain"] in (scored if several else {"main"})]
+    parts, missing, ks = [], [], bound_ks(rows)
+    for label, metrics, side, bound, low, decides in COMPARED:
+        metric = next((m for m in metrics if any(advantage(rows, "distilled", at, m) for at in ks)), None)
+        if metric is None:
+            missing.append(label)
+        for at in [at for at in ks if at <= k or not low] or [None]:
+            gains = advantage(rows, "distilled", at, metric) if metric else {}
+            values = by_chain(gains).values() if several else gains.values()
+            if values or decides:
+                parts.append(part(label if values else f"{label} (not run)", values, bound, side, at, decides))
+    headline = next((p for p in reversed(parts) if p["part"] == COMPARED[0][0]), None)
+    shown = ", ".join(f"{p['part']} {number(p['value'])}" for p in parts if headline and p["k"] == headline["k"] and p["n"])
+    detail = (f"DMSAE minus baseline at measured L0{f' at k = {headline["k"]}' if headline else ''}: {shown or 'not measured'}"
+              + (f"; not run: {', '.join(missing)}." if missing else "."))
+    return _claim("At equal L0 DMSAE beats its Matryoshka baseline in sparse probing (and absorption, SCR, TPP) at low k, and not "
+                  "in loss (and RAVEL).", parts, headline, CHAIN if several else SEED, detail)
 
-    wins = [p for claimed in WINS for p in parts_of(*claimed, low=True)]
-    others = [p for claimed in NO_WINS for p in parts_of(*claimed, low=False)]
-    headline = next((p for p in reversed(wins) if p["part"] == WINS[0][0] and p["decides"]), None)
-    at = headline["k"] if headline else None
-    shown = ", ".join(f"{p['part']} {number(p['value'])}" for p in [*wins, *others] if p["k"] == at and p["n"])
-    missing = ", ".join(p["part"].removesuffix(" (not run)") for p in [*wins, *others] if not p["n"])
-    detail = (f"DMSAE minus baseline at measured L0{f' at k = {at}' if headline else ''}: {shown or 'not measured'}"
-              + (f"; not run: {missing}." if missing else "."))
-    return _claim("At equal L0 DMSAE beats its Matryoshka baseline on absorption, SCR, TPP and sparse probing at low "
-                  "k, and not on loss recovered and RAVEL.", wins + others, headline,
-                  "training seed (one distilled core)", detail)
+
+def control_parts(rows: list[Row]) -> list[Row]:
+    """Loss increase, distilled minus control, over chains: one part per bound k and control, run or not."""
+    parts = []
+    for k in bound_ks(rows):
+        for control in CONTROLS:
+            gains = by_chain(over_control(rows, control, k))
+            ran = any((r["core"], r["k"]) == (control, k) for r in rows)
+            parts.append(part(control + ("" if gains else " (no equal L0)" if ran else " (not run)"), gains.values(), side="below", k=k))
+    return parts
 
 
-def beats_random_cores(rows: list[Row], k: int) -> Row:
-    """C4: the distilled core recovers more loss than cores of equal size drawn in other ways, per control.
+def _worst(parts: list[Row]) -> str:
+    """Of each k the part with the highest value."""
+    found = [_furthest([p for p in parts if p["k"] == k], float) for k in dict.fromkeys(p["k"] for p in parts)]
+    return "; ".join(f"{number(p['value'])} ({p['part']}, k = {p['k']}, n = {p['n']})" for p in found if p) or "not measured"
 
-    Decided at the distillation ``k``; other k's are reported. The claim's value is distilled minus random there.
+
+def beats_controls(rows: list[Row]) -> Row:
+    """C4: the distilled core costs less loss than every control core of equal size, at every bound k.
+
+    The claim's value is the difference to the control and at the k where it is worst.
     """
-    ran = [(c, at) for c in CONTROLS for at in sorted({r["k"] for r in rows if r["core"] == c})]
-    parts = [part(c, over_control(rows, c, at), k=at, decides=at == k) for c, at in ran]
-    parts += [part(f"{c} (not run)", [], k=k) for c in CONTROLS if (c, k) not in ran]
-    headline = next(p for p in parts if p["part"] in ("random", "random (not run)") and p["k"] == k)
-    shown = ", ".join(f"{p['part']} {number(p['value'])} (n = {p['n']})" for p in parts if p["k"] == k)
-    return _claim("The distilled core beats random cores of equal size in loss recovered at measured L0.",
-                  parts, headline, "training seed and random draw (one distilled core)",
-                  f"Loss recovered at k = {k}, distilled minus control: {shown}.")
+    parts = control_parts(rows)
+    return _claim("The distilled core beats every control core of equal size in loss at measured L0, at every bound k.", parts,
+                  _furthest(parts, float), CHAIN, "Loss increase in nats, distilled minus the best control of each k: "
+                  f"{_worst(parts)}.")
 
 
 def serves_all_k(rows: list[Row]) -> Row:
-    """C5: at every bound k the distilled core beats random cores and is at most 0.01 below the baseline.
+    """C5: at every bound k the distilled core beats every control and costs at most .02 nats more than no core.
 
-    A bound k where no random core was trained keeps the claim from holding. The claim's value is the difference to
-    the baseline at the k where it is worst.
+    The claim's value is the difference to the baseline at the k where it is worst.
     """
-    ks = bound_ks(rows)
-    close = [part("distilled - baseline", advantage(rows, "distilled", k, "loss_recovered").values(), -CLOSE, k=k)
+    ks, arms = bound_ks(rows), {r["k"] for r in rows if r["core"] == "distilled"}
+    close = [part("distilled - baseline", by_chain(advantage(rows, "distilled", k, "loss_increase")).values(), CLOSE, "below", k)
              for k in ks]
-    better = [part("distilled - random", over_control(rows, "random", k), k=k) for k in ks]
-    headline = min((p for p in close if p["value"] is not None), key=lambda p: p["value"], default=None)
-    unbound = sorted({r["k"] for r in rows if r["core"] == "distilled"} - set(ks))
-    worst = f"{number(headline['value'])} at k = {headline['k']}" if headline else "not measured"
-    detail = (f"Largest loss against the baseline at bound k: {worst} (bound {-CLOSE:+.2f}); bound k: {ks or 'none'}, "
-              f"unbound: {unbound or 'none'}; random cores were compared at {sum(p['n'] > 0 for p in better)} of "
-              f"{len(ks)} bound k.")
-    return _claim("One core serves at all k: at every bound k it beats random cores and recovers the loss to within "
-                  "0.01 of the baseline.", close + better, headline, "training seed (one distilled core)", detail)
+    shown = ", ".join(f"{number(p['value'])} at k = {p['k']}" for p in close) or "not measured"
+    return _claim("One core serves at all k: at every bound k it beats every control core and its loss is within 0.02 nats of the "
+                  "baseline's.", close + control_parts(rows), _furthest(close, float), CHAIN, "Loss increase in nats, distilled "
+                  f"minus baseline: {shown} (bound {CLOSE:+.2f}); unbound k: {sorted(arms - set(ks)) or 'none'}.")
+
+
+def wins_its_place(rows: list[Row], k: int, core_sparsity: str) -> Row:
+    """C6: where the core competes for k, the distilled one's share of it and the correlation of its latents' frequencies with their
+    own at another k are above those of every control.
+
+    The claim's value is the difference in share to the control where it is smallest.
+    """
+    measures = {"core L0 / k": lambda r: r["L0"]["core"] / k, "frequency correlation": lambda r: r["frequency_correlation"]}
+
+    def of(arm: str, name: str) -> OfSAE:
+        found = {(r["chain"], r["seed"]): measures[name](r) for r in rows if (r["core"], r["k"]) == (arm, k)}
+        return {sae: value for sae, value in found.items() if value is not None}
+
+    parts = []
+    for name in measures if core_sparsity == "batchtopk" else ():
+        for control in CONTROLS:
+            gains = by_chain(paired(of("distilled", name), of(control, name))).values()
+            parts.append(part(f"{name}, above {control}{'' if gains else ' (not run)'}", gains, k=k))
+    share = [p for p in parts if p["part"].startswith("core L0")]
+    shown = [f"{name} {fmean(of('distilled', name).values()):.3f}" for name in measures if of("distilled", name)]
+    shown += [f"smallest difference {number(p['value'], 3)} ({p['part']})" for name in measures
+              if (p := _furthest([p for p in parts if p["part"].startswith(name)], lambda v: -v))]
+    warm = by_chain(paired(*(advantage(rows, arm, k, "loss_increase") for arm in ("warm_start", "distilled")))).values()
+    detail = (f"At k = {k}: {', '.join(shown) or 'not run'}; loss increase, warm-started minus distilled, "
+              f"{number(fmean(warm) if warm else None)} nats." if core_sparsity == "batchtopk" else
+              "The core is exempt from selection, so it does not compete: core_sparsity is relu.")
+    return _claim("In open competition the distilled core wins its place: a larger share of k, and latents that keep their "
+                  "frequencies better, than every control.", parts, _furthest(share, lambda v: -v), CHAIN, detail)
+
+
+def chains_agree(identity: list[Row]) -> Row:
+    """C7: the cores of two chains match better than as many latents of two plain SAEs and than random rows.
+
+    Over pairs of chains, with one jackknife pseudo-value per chain. The claim's value is the excess of the cosine over plain SAEs.
+    """
+    of = {kind: {(r["a"], r["b"]): r for r in identity if r["kind"] == kind} for kind in ("cores", "plain", "random")}
+    parts = []
+    for metric, other in (("cosine", "plain"), ("cosine", "random"), ("activation", "plain")):
+        excess = {pair: row[metric] - of[other][pair][metric] for pair, row in of["cores"].items()
+                  if pair in of[other] and None not in (row[metric], of[other][pair][metric])}
+        parts.append(part(f"{metric}, above {other}{'' if excess else ' (not run)'}", pseudo_values(excess)))
+    means = {kind: {key: fmean(r[key] for r in rows.values()) for key in ("cosine", "cosine_above", "span", "span_chance")}
+             for kind, rows in of.items() if rows}
+    detail = "; ".join(f"{kind}: |cosine| of matched latents {m['cosine']:.3f}, {m['cosine_above']:.1%} above .7, spans "
+                       f"{m['span']:.3f} (chance {m['span_chance']:.3f})" for kind, m in means.items())
+    return _claim("Chains agree on the core's latents: they match better than those of plain SAEs and than random rows.", parts,
+                  parts[0], CHAIN, f"Over {len(of['cores'])} pairs of chains: {detail}." if detail else "There is one chain only.")
 
 
 def judge(summary: Row) -> dict[str, Row]:
-    """C1 .. C5 from a summary's ``cycles``, ``chains``, ``retrain`` and ``sizes``.
-
-    Distillation chains count as further seeds for C1 and C2 where only the seed differs from the main one.
-    """
-    sizes, rows = summary["sizes"], summary["retrain"]
-    seeds = [chain["cycles"] for chain in summary["chains"].values()
-             if all(chain[setting] == sizes[setting] for setting in CoreSettings.model_fields)]
-    distillations = [summary["cycles"], *seeds]
-    return {"C1": core_settles(distillations), "C2": core_is_reselected(distillations, sizes["prefixes"][0]),
-            "C3": beats_baseline(rows, sizes["k"]), "C4": beats_random_cores(rows, sizes["k"]),
-            "C5": serves_all_k(rows)}
+    """C1 .. C7 from a summary's ``cycles``, ``chains``, ``retrain``, ``identity``, ``sizes`` and ``inputs``."""
+    sizes, chains = summary["sizes"], judged_chains(summary)
+    rows = [row for row in summary["retrain"] if row["chain"] in chains]
+    return {"C1": core_settles(chains), "C2": core_is_reselected(chains, sizes["prefixes"][0]),
+            "C3": beats_baseline(rows, sizes["k"]), "C4": beats_controls(rows), "C5": serves_all_k(rows),
+            "C6": wins_its_place(rows, sizes["k"], sizes["core_sparsity"]), "C7": chains_agree(summary["identity"])}

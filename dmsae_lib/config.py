@@ -74,12 +74,18 @@ class RunConfig(Section):
             setting = "training.k" if retrain.controls_at is None else "retrain.controls_at"
             raise ValueError(f"{setting} is {sorted(extra)[0]}, where retrain.controls are trained: add it to retrain.ks = "
                              f"{retrain.ks}")
-        if "longer_fresh" in (*retrain.arms, *retrain.controls) and self.data.fresh_factor < self.distill.cycles + 1:
+        longer = {*retrain.arms, *retrain.controls, *(arm for chain in self.distill.chains for arm in chain.retrain)}
+        if "longer_fresh" in longer and self.data.fresh_factor < self.distill.cycles + 1:
             raise ValueError(f"data.fresh_factor is {self.data.fresh_factor}: the arm longer_fresh needs "
                              f"distill.cycles + 1 = {self.distill.cycles + 1}")
         names = [chain.name for chain in self.distill.chains]
         if len(set(names)) < len(names) or "main" in names:
             raise ValueError(f"distill.chains is {names}: names must differ from each other and from 'main'")
+        settings = [(c.seed, *c.core_settings().values()) for c in self.distill.chains]
+        settings.append((self.seed, *self.training.core_settings().values()))
+        if len(set(settings)) < len(settings):
+            raise ValueError("distill.chains repeats a chain: two of them, or one and the main chain, have the same seed and core "
+                             "settings and would count twice")
         return self
 
     @property
@@ -100,11 +106,28 @@ class RunConfig(Section):
         if not found:
             known = ", ".join(["main", *(c.name for c in self.distill.chains)])
             raise UserError(f"There is no chain {chain!r} in config {self.name}: use one of {known}.")
-        training = self.training.model_copy(update=found[0].core_settings())
-        return self.model_copy(update={"seed": found[0].seed, "training": training})
+        training, distill = self.training.model_copy(update=found[0].core_settings()), self.distill
+        if training != self.training:  # not among the chains that C2 is judged by, so it needs no null
+            distill = distill.model_copy(update={"placebos": []})
+        return self.model_copy(update={"seed": found[0].seed, "training": training, "distill": distill})
 
-    def retrain_arms(self, k: int) -> list[tuple[str, int]]:
-        """(arm, seed) of every SAE trained at ``k``."""
+    def trains(self, chain: str, cycle: int) -> str:
+        """The chain in whose folder a cycle lies: cycle 0 has no core, so chains of one seed share it."""
+        if cycle:
+            return chain
+        seed = self.for_chain(chain).seed
+        return next(name for name in ("main", *(c.name for c in self.distill.chains)) if self.for_chain(name).seed == seed)
+
+    @property
+    def retrained_chains(self) -> list[str]:
+        """The chains whose cores are retrained, the main one first."""
+        return ["main", *(chain.name for chain in self.distill.chains if chain.retrain)]
+
+    def retrain_arms(self, k: int, chain: str = "main") -> list[tuple[str, int]]:
+        """(arm, seed) of every SAE trained at ``k`` with the cores of a chain."""
+        if chain != "main":
+            found = next(c for c in self.distill.chains if c.name == chain)
+            return [(arm, seed) for arm in found.retrain for seed in self.retrain.seeds]
         arms = [(arm, seed) for arm in self.retrain.arms for seed in self.retrain.seeds]
         if k in self.control_ks:
             arms += [(arm, seed) for arm, n in self.retrain.controls.items() for seed in self.retrain.seeds[:n]]
@@ -196,12 +219,14 @@ class Run:
         self.folder = root / "runs" / name
 
     def cycle(self, cycle: int, part: str, chain: str = "main") -> Path:
-        """The folder of ``sae``, ``attribution`` or ``core`` of one cycle."""
-        base = self.folder if chain == "main" else self.folder / f"chain_{chain}"
-        return base / f"cycle_{cycle}" / part
+        """The folder of ``sae``, ``attribution``, ``core`` or a placebo of one cycle; chains of one seed share cycle 0."""
+        return self.base(self.config.trains(chain, cycle)) / f"cycle_{cycle}" / part
 
-    def retrained(self, k: int, arm: str, seed: int) -> Path:
-        return self.folder / "retrain" / f"k{k}" / f"{arm}-seed{seed}"
+    def base(self, chain: str) -> Path:
+        return self.folder if chain == "main" else self.folder / f"chain_{chain}"
+
+    def retrained(self, k: int, arm: str, seed: int, chain: str = "main") -> Path:
+        return self.base(chain) / "retrain" / f"k{k}" / f"{arm}-seed{seed}"
 
     def scores(self, k: int, arm: str, seed: int) -> Path:
         """The folder with one artefact per SAEBench eval and evaluation seed."""

@@ -4,14 +4,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dmsae_lib import artifacts
 from dmsae_lib.artifacts import Artifact, UserError
 from dmsae_lib.attribution import smallest_cover
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.seeds import generator
+from dmsae_lib.settings import CONTROLS, NEW_ROWS
 
+NEAR_COPY = 0.9  # |cosine| of encoder rows above which a latent is a copy of another (method, section 5)
 READINGS = ("all_of_last", "last_two", "every_since_first", "alive_since_0")
 
 
@@ -113,59 +115,81 @@ def final_core(last: Core, reading: str) -> Core:
 
 @dataclass
 class Pool:
-    """The first-prefix latents of all cycles: what cores could have been made of, without replacement."""
+    """The first-prefix latents of all cycles, near-copies left out: what cores could have been made of."""
 
     ids: list[str]
     rows: Tensor  # (n, d_in)
     frequency: Tensor  # (n,)
+    copies: int = 0  # how many were left out
 
 
 def candidate_pool(cycles: list[tuple[int, MatryoshkaSAE, Tensor]]) -> Pool:
-    """Union over cycles of the free prefix-0 latents; each entry is (cycle, SAE, frequency of its candidates)."""
+    """Union over cycles of the free prefix-0 latents; each entry is (cycle, SAE, frequency of its candidates).
+
+    Of two rows within |cos| > NEAR_COPY the earlier one stays (method, section 5): a draw of copies would span less than the
+    distilled core, and lose for that reason alone.
+    """
     ids, rows, frequency = [], [], []
     for cycle, sae, of_candidates in cycles:
         c, m = sae.n_core, sae.prefixes[0]
         ids += [f"c{cycle}:{c + i}" for i in range(m)]
         rows.append(sae.free_rows[:m].detach())
         frequency.append(of_candidates[c : c + m])
-    return Pool(ids, torch.cat(rows), torch.cat(frequency))
+    rows, frequency = torch.cat(rows), torch.cat(frequency)
+    near = (F.normalize(rows, dim=1) @ F.normalize(rows, dim=1).T).abs() > NEAR_COPY
+    kept: list[int] = []
+    for i in range(len(rows)):
+        if not near[i, kept].any():
+            kept.append(i)
+    return Pool([ids[i] for i in kept], rows[kept], frequency[kept], len(ids) - len(kept))
 
 
-def control_core(kind: str, core: Core, pool: Pool, seed: int) -> tuple[Tensor, float | None]:
-    """Encoder rows (size of ``core``, d_in) of a control, and its overlap with the core (None for new directions).
+def control_core(kind: str, core: Core, pool: Pool | None, x: Tensor, random: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Encoder rows (size of ``core``, d_in) of a control, and the ids of its latents where it is made of latents.
 
     random: drawn from the pool without replacement. most_frequent: the pool's most often active latents.
-    frequency_matched: for each core latent, in random order, the unused pool latent outside the core that is nearest
-    in log frequency (core firing sets the non-core budget); core members are used only once the others are exhausted.
-    random_directions: random unit vectors with the core rows' norms. (method, section 5)
+    The others have the norms of the core's rows (method, section 5):
+    random_directions: random ones. data_points: random activations of ``x`` (tokens, d_in), less their mean.
+    pca: the leading principal directions of ``x``, each with both signs, so that ReLU sees both.
+    rotated: the core's rows, turned at random within their own span; norms and mutual cosines stay.
     """
-    random, size = generator(seed, "control", kind), len(core)
-    if kind == "random_directions":
-        directions = torch.nn.functional.normalize(torch.randn(size, core.rows.shape[1], generator=random), dim=1)
-        return directions * core.rows.norm(dim=1, keepdim=True), None
+    size, norms = len(core), core.rows.norm(dim=1, keepdim=True)
+    if kind in NEW_ROWS:
+        return _new_rows(kind, core.rows, x, random) * norms, []
     if len(pool.ids) < size:
         raise UserError(f"The control core {kind} needs {size} latents and all first prefixes together hold "
-                        f"{len(pool.ids)}: raise sae.prefixes[0] or distill.cycles, or drop the control.")
+                        f"{len(pool.ids)} that differ: raise sae.prefixes[0] or distill.cycles, or drop the control.")
     if kind == "random":
         chosen = torch.randperm(len(pool.ids), generator=random)[:size].tolist()
     elif kind == "most_frequent":
         chosen = torch.argsort(pool.frequency, descending=True, stable=True)[:size].tolist()
-    elif kind == "frequency_matched":
-        chosen = _matched(core, pool, random)
     else:
-        raise UserError(f"There is no control core {kind!r}: use random, frequency_matched, most_frequent, random_directions.")
-    members = {latent.id for latent in core.latents}
-    return pool.rows[chosen], sum(pool.ids[i] in members for i in chosen) / size
+        raise UserError(f"There is no control core {kind!r}: use one of {', '.join(CONTROLS)}.")
+    return pool.rows[chosen], [pool.ids[i] for i in chosen]
 
 
-def _matched(core: Core, pool: Pool, random: torch.Generator) -> list[int]:
-    members = {latent.id for latent in core.latents}
-    log_frequency = pool.frequency.double().clamp_min(1e-9).log()
-    penalty = torch.tensor([1e6 if name in members else 0.0 for name in pool.ids], dtype=torch.float64)
-    chosen = []
-    for i in torch.randperm(len(core), generator=random).tolist():
-        target = torch.tensor(max(core.latents[i].frequency, 1e-9), dtype=torch.float64).log()
-        best = int(torch.argmin((log_frequency - target).abs() + penalty))
-        chosen.append(best)
-        penalty[best] = float("inf")
-    return chosen
+def _new_rows(kind: str, rows: Tensor, x: Tensor, random: torch.Generator) -> Tensor:
+    """Unit rows (size, d_in) that no training has selected."""
+    size, d_in = rows.shape
+    if kind == "random_directions":
+        return F.normalize(torch.randn(size, d_in, generator=random), dim=1)
+    if kind == "rotated":
+        basis = torch.linalg.svd(rows, full_matrices=False).Vh[: torch.linalg.matrix_rank(rows)]
+        turn = torch.linalg.qr(torch.randn(len(basis), len(basis), generator=random)).Q
+        return F.normalize(rows @ basis.T @ turn @ basis, dim=1)
+    centred = x - x.mean(0)
+    if kind == "data_points":
+        return F.normalize(centred[torch.randperm(len(x), generator=random)[:size]], dim=1)
+    directions = torch.linalg.eigh((centred.T @ centred).double()).eigenvectors.flip(1).T.float()
+    return torch.stack([directions, -directions], dim=1).flatten(0, 1)[:size]
+
+
+def geometry(rows: Tensor) -> dict[str, float]:
+    """{rank, norm, norm_min, norm_max} of encoder rows (size, d_in).
+
+    ``rank`` is the participation rank (sum e)^2 / sum e^2 of the eigenvalues e of the rows' Gram matrix: size for
+    orthogonal rows of one norm, 1 for copies of one row. A control of lower rank is weaker for being redundant alone.
+    """
+    eigenvalues, norms = torch.linalg.svdvals(rows.double()).square(), rows.double().norm(dim=1)
+    return {"rank": float(eigenvalues.sum() ** 2 / eigenvalues.square().sum()), "norm": float(norms.mean()),
+            "norm_min": float(norms.min()), "norm_max": float(norms.max())}

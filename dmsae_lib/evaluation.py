@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmsae_lib.activations import first_contexts, usable_residuals
+from dmsae_lib.activations import Losses, first_contexts, usable_residuals
 from dmsae_lib.language_model import LanguageModel, lowered, next_token_loss, usable_positions
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.sparsity import between_nth
@@ -14,6 +14,7 @@ from dmsae_lib.sparsity import between_nth
 CALIBRATION_TOKENS = 2**17  # at most this many tokens of the split are held in memory: 1.2 GB at width 2304
 SHARED_BYTES = 2**30  # residuals of the test split up to this size are kept for all SAEs of a call
 SMALLEST_CUT = 1e-6  # an activation below which all are looked at
+RARE = 1e-3  # a latent that fires on a smaller share of the tokens all but never fires
 UNBOUND = 0.01  # method, section 2: total L0 within 1 % of k, else the SAE is left out of equal-L0 comparisons
 
 Lowered = list[tuple[Tensor, Tensor, Tensor]]
@@ -79,24 +80,26 @@ class _FVU:
         return self.error / (self.square - float(self.total.square().sum()) / self.count)
 
 
-def loss_recovered(loss: float, clean: float, zero: float) -> float:
-    """(L_zero - L_sae) / (L_zero - L_clean): 1 for a perfect reconstruction, 0 for zero ablation."""
-    return (zero - loss) / (zero - clean)
+def loss_recovered(loss: float, clean: float, ablated: float) -> float:
+    """(L_ablated - L_sae) / (L_ablated - L_clean): 1 for a perfect reconstruction, 0 for the ablation."""
+    return (ablated - loss) / (ablated - clean)
 
 
 @torch.no_grad()
-def evaluate(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarray], clean_loss: float, zero_loss: float,
+def evaluate(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarray], losses: Losses,
              with_prefix0: bool = True, at_hand: Lowered | None = None) -> dict[str, Any]:
-    """Metrics of a folded SAE on the usable positions of ``split``; ``at_hand``: :func:`lower_all` of it.
+    """Metrics of a folded SAE on the usable positions of ``split``, on which the model has ``losses``; ``at_hand``:
+    :func:`lower_all` of it.
 
     Returns L0 {core, non_core, total} at the calibrated and at the EMA threshold, fvu by prefix size and "full",
-    loss_recovered {prefix0, full}, ce_loss (nats, full reconstruction), dead (latents that never fired here), and the
-    core's firing frequencies.
+    ce_loss (nats, full reconstruction), with or without prefix 0 loss_increase {prefix0, full} (nats, ce_loss - clean), loss_recovered {prefix0, full}
+    and loss_recovered_mean (full) against zero and mean ablation, dead (latents that never fired here), rare (the share of
+    latents that fired on less than RARE of the tokens), and the core's firing frequencies.
     """
     fvus = [_FVU(sae.d_in) for _ in sae.prefixes]
     fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)
     ema = torch.zeros(2, dtype=torch.int64)
-    losses = {"prefix0": 0.0, "full": 0.0}
+    summed = {"prefix0": 0.0, "full": 0.0} if with_prefix0 else {"full": 0.0}
     n_tokens = n_targets = 0
     for tokens, lengths, resid in at_hand or lowered(model, split):
         usable = usable_positions(tokens, lengths, model.bos)
@@ -110,29 +113,28 @@ def evaluate(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarr
         for j, fvu in enumerate(fvus):
             xhat = sae.decode_prefix(f, j)
             fvu.add(x, xhat)
-            name = "full" if j == len(fvus) - 1 else "prefix0" if j == 0 and with_prefix0 else None
-            if name:
+            wanted = [name for name in summed if j == (0 if name == "prefix0" else len(fvus) - 1)]  # both, of a single prefix
+            if wanted:
                 put = resid.clone()
                 put[usable] = xhat
                 loss, count = next_token_loss(model.upper(tokens, put), tokens, lengths, model.bos)
-                losses[name] += float(loss)
+                for name in wanted:
+                    summed[name] += float(loss)
         n_targets += count
     core_fired = fired[: sae.n_core]
     l0_core, l0 = int(core_fired.sum()) / n_tokens, int(fired.sum()) / n_tokens
     ema_core, ema_total = (ema / n_tokens).tolist()
     names = [*map(str, sae.prefixes[:-1]), "full"]
-    ce = losses["full"] / n_targets
+    ce = {name: value / n_targets for name, value in summed.items()}
     frequency = (core_fired / n_tokens).tolist()
     return {
         "L0": {"core": l0_core, "non_core": l0 - l0_core, "total": l0},
         "L0_ema": {"core": ema_core, "non_core": ema_total - ema_core, "total": ema_total},
-        "dead": int((fired == 0).sum()), "tokens_tested": n_tokens,
+        "dead": int((fired == 0).sum()), "rare": float((fired < RARE * n_tokens).float().mean()), "tokens_tested": n_tokens,
         "fvu": {name: fvu.value() for name, fvu in zip(names, fvus)},
-        "loss_recovered": {
-            "prefix0": loss_recovered(losses["prefix0"] / n_targets, clean_loss, zero_loss) if with_prefix0 else None,
-            "full": loss_recovered(ce, clean_loss, zero_loss),
-        },
-        "ce_loss": ce,
+        "ce_loss": ce["full"], "loss_increase": {name: value - losses.clean for name, value in ce.items()},
+        "loss_recovered": {name: loss_recovered(value, losses.clean, losses.zero) for name, value in ce.items()},
+        "loss_recovered_mean": loss_recovered(ce["full"], losses.clean, losses.mean),
         "core_frequency": {"mean": sum(frequency) / len(frequency), "max": max(frequency),
                            "values": frequency} if frequency else None,
     }  # fmt: skip

@@ -12,19 +12,31 @@ import torch
 from torch import Tensor
 
 from dmsae_lib import artifacts
-from dmsae_lib.activations import START, Cursor, StoredActivations, StreamedActivations, first_contexts, load_split
+from dmsae_lib.activations import (
+    START,
+    Cursor,
+    Losses,
+    StoredActivations,
+    StreamedActivations,
+    first_contexts,
+    load_split,
+    reference_losses,
+)
 from dmsae_lib.artifacts import Artifact, hash_json
 from dmsae_lib.config import Run
+from dmsae_lib.core import geometry
 from dmsae_lib.corpus import SPLITS
 from dmsae_lib.evaluation import Lowered, calibrate_threshold, calibration_residuals, evaluate, lower_all
 from dmsae_lib.interop import load_foreign, save_foreign
 from dmsae_lib.language_model import LanguageModel, choose_device
 from dmsae_lib.prefetch import prefetched
 from dmsae_lib.sae import MatryoshkaSAE, save_sae
-from dmsae_lib.settings import TrainingConfig
+from dmsae_lib.seeds import generator
+from dmsae_lib.settings import CoreSettings, TrainingConfig
 from dmsae_lib.training import Trainer, match_frequency, train_saes
 
 MATCH_BATCHES = 8  # batches on which `core_bias_init: match_frequency` measures
+SAMPLE = 2**14  # activations that controls are made of
 
 
 @dataclass
@@ -41,6 +53,23 @@ class Harvest:
     def calibration(self) -> list[Tensor]:
         """The activations on which every SAE's threshold is set."""
         return calibration_residuals(self.model, self.splits["select"])
+
+    def losses(self, split: str) -> Losses:
+        """The model's losses on `test`, which every result is set against, or on another split."""
+        if split == "test":
+            return Losses(*(self.record[f"{name}_loss"] for name in Losses._fields))
+        mean = self.artifact.tensors("mean.safetensors")["mean"].to(self.model.device)
+        return reference_losses(self.model, self.splits[split], mean)
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """Normalised activations (SAMPLE or fewer, d_in) on the CPU, whatever is trained."""
+        found, size = [], self.run.config.training.batch_size
+        for x, (epoch, _, _) in self.source().batches(size, self.run.config.seed, "sample"):
+            found.append(x.cpu())
+            if epoch or sum(map(len, found)) >= SAMPLE:
+                return torch.cat(found)[:SAMPLE]
+        raise AssertionError("batches are endless")
 
     @cached_property
     def tested(self) -> Lowered | None:
@@ -75,23 +104,33 @@ class Job:
 
     folder: Path
     training: TrainingConfig  # its k included
-    seed: int  # of the initialisation
+    seed: int  # of the initialisation, whose stream is named by the folder: no two SAEs of a run start alike
     order: str  # jobs with the same order share one pass over the data
     order_seed: int
     core_rows: Tensor | None = None
     core_hash: str | None = None
+    warm_rows: Tensor | None = None  # rows to start from, not frozen (their hash is core_hash)
     core_frequency: Tensor | None = None  # for `core_bias_init: match_frequency`
     factor: int = 1  # multiple of the tokens of one cycle
     fresh: bool = False  # every token once, instead of epochs over one cycle's tokens
     prefix0: bool = False  # measure the loss recovered from prefix 0 as well
+    measured_on: str = "test"  # or select, for what is chosen by the result
     record: dict[str, Any] = field(default_factory=dict)  # what metrics.json says besides
+
+
+def stream_of(job: Job, harvest: Harvest) -> str:
+    """The name of the random stream that the SAE is initialised from: its place in the run."""
+    return job.folder.relative_to(harvest.run.folder).as_posix()
 
 
 def parents_of(job: Job, harvest: Harvest) -> dict[str, str]:
     """Hashes of all that the SAE depends on, the settings included."""
-    cfg = harvest.run.config
-    settings = {"sae": cfg.sae.model_dump(), "training": job.training.model_dump(exclude=set(TrainingConfig.NO_EFFECT)),
-                "seed": job.seed, "order": [job.order, job.order_seed], "factor": job.factor, "fresh": job.fresh,
+    cfg, without = harvest.run.config, set(TrainingConfig.NO_EFFECT)
+    if job.core_hash is None:
+        without |= set(CoreSettings.model_fields)  # so chains that differ in these alone can share their cycle 0
+    settings = {"sae": cfg.sae.model_dump(), "training": job.training.model_dump(exclude=without),
+                "seed": job.seed, "stream": stream_of(job, harvest), "order": [job.order, job.order_seed],
+                "factor": job.factor, "fresh": job.fresh, "warm": job.warm_rows is not None, "measured_on": job.measured_on,
                 "threads": cfg.threads}  # fmt: skip
     parents = {"harvest": harvest.artifact.hash, "settings": hash_json(settings)}
     return parents | ({"core": job.core_hash} if job.core_hash else {})
@@ -138,8 +177,8 @@ def adopt(folder: Path, where: str, harvest: Harvest, record: dict[str, Any], as
         if found.parents == dict(sorted(parents.items())):
             return found
     with artifacts.write(folder, "sae", parents) as writer:
-        measured = evaluate(sae.folded(scale) if as_cycle_0 else sae, model, harvest.splits["test"], harvest.record["clean_loss"],
-                            harvest.record["zero_loss"], as_cycle_0, harvest.tested)  # fmt: skip
+        measured = evaluate(sae.folded(scale) if as_cycle_0 else sae, model, harvest.splits["test"], harvest.losses("test"),
+                            as_cycle_0, harvest.tested)  # fmt: skip
         if as_cycle_0:
             save_sae(writer, sae, scale)
         else:
@@ -173,9 +212,10 @@ def _fit_together(jobs: Sequence[Job], harvest: Harvest, report: Callable[[str],
 
 
 def _trainer(job: Job, harvest: Harvest, first: Tensor, more: list[Tensor]) -> Trainer:
-    cfg, training = harvest.run.config, job.training
-    sae = MatryoshkaSAE(harvest.model.d_model, cfg.sae.d_sae, cfg.sae.prefixes, job.core_rows, training.core_sparsity)
-    sae.initialise(job.seed, first.cpu(), training.core_decoder_init)
+    cfg, training, warm = harvest.run.config, job.training, 0 if job.warm_rows is None else len(job.warm_rows)
+    prefixes = [warm + m for m in cfg.sae.prefixes]  # rows that start warm are in every reconstruction, as a core is
+    sae = MatryoshkaSAE(harvest.model.d_model, cfg.sae.d_sae, prefixes, job.core_rows, training.core_sparsity)
+    sae.initialise(generator(job.seed, "init", stream_of(job, harvest)), first.cpu(), training.core_decoder_init, job.warm_rows)
     if training.core_bias_init == "match_frequency" and sae.n_core and job.core_frequency is not None:
         match_frequency(sae, torch.cat(more).cpu(), job.core_frequency)
     return Trainer(sae.to(harvest.model.device), training, cfg.steps(job.factor), f"k{training.k}/{job.folder.name}")
@@ -188,14 +228,15 @@ def _write(job: Job, harvest: Harvest, trainer: Trainer) -> None:
         folded = sae.folded(harvest.record["scale"])
         unbound = calibrate_threshold(folded, model, harvest.splits["select"], training.k, training.k_min, harvest.calibration)
         sae.threshold.copy_(folded.threshold / harvest.record["scale"])
-        measured = evaluate(folded, model, harvest.splits["test"], harvest.record["clean_loss"], harvest.record["zero_loss"],
-                            job.prefix0, harvest.tested)  # fmt: skip
+        at_hand = harvest.tested if job.measured_on == "test" else None
+        measured = evaluate(folded, model, harvest.splits[job.measured_on], harvest.losses(job.measured_on), job.prefix0, at_hand)
         core_frequency = measured.pop("core_frequency")
         save_sae(writer, sae, harvest.record["scale"])
         writer.json("metrics.json", job.record | measured | {
             "k": training.k, "d_sae": sae.d_sae, "core_size": sae.n_core, "prefixes": list(sae.prefixes), "unbound": unbound,
             "threshold": float(folded.threshold), "threshold_ema": float(folded.threshold_ema), "steps": trainer.steps,
             "tokens": trainer.steps * training.batch_size, "seed": job.seed, "clipped_steps": int(trainer.clipped),
-            "core_frequency": core_frequency, **training.core_settings(),
+            "core_frequency": core_frequency, "core_rows": geometry(sae.core_rows.cpu()) if sae.n_core else None,
+            **training.core_settings(),
         })  # fmt: skip
         writer.csv("history.csv", trainer.history)

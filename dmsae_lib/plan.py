@@ -60,45 +60,60 @@ def _fingerprint(name: str) -> dict[str, list[int]]:
 
 
 def _chain_stages(config: RunConfig, chain: str) -> list[Stage]:
-    """The distillation cycles of one chain: train, attribute, distil."""
-    config = config.for_chain(chain)
-    folder, given = ("", {}) if chain == "main" else (f"chain_{chain}/", {"chain": chain})
-    found = []
+    """The distillation cycles of one chain: train, attribute, distil. A cycle 0 that lies in another chain is made there."""
+    run, config, found = Run(config, config.name, Path()), config.for_chain(chain), []
+
+    def artefact(cycle: int, part: str) -> str:
+        return run.cycle(cycle, part, chain).relative_to(run.folder).as_posix()
+
     for t in range(config.distill.cycles + 1):
-        sae, attribution, core = (f"{folder}cycle_{t}/{part}" for part in ("sae", "attribution", "core"))
-        before = (f"{folder}cycle_{t - 1}/core",) if t else ()
-        name = f"{folder.replace('/', '_')}cycle_{t}"
-        settings = _slice(config, *COMPUTING, "seed", "sae", "training")
+        if run.config.trains(chain, t) != chain:
+            continue
+        sae, attribution, core = (artefact(t, part) for part in ("sae", "attribution", "core"))
+        before = (artefact(t - 1, "core"),) if t else ()
+        name = f"{'' if chain == 'main' else f'chain_{chain}_'}cycle_{t}"
+        given = {"cycle": t} if chain == "main" else {"cycle": t, "chain": chain}
+        settings = _slice(config, *COMPUTING, "seed", "sae", "training", *(["distill.placebos"] if t else []))
         if t == 0 and config.distill.from_sae:
             settings = _slice(config, *COMPUTING, "distill.from_sae", "distill.from_prefixes",
                               files=_fingerprint(config.distill.from_sae))  # fmt: skip
         found += [
-            Stage(f"{name}_train", "02_train_cycle", sae, ("harvest", *before), {"cycle": t} | given, settings),
-            Stage(f"{name}_attribute", "03_attribute", attribution, ("harvest", sae, *before), {"cycle": t} | given,
-                  _slice(config, *COMPUTING, *SELECTION)),
-            Stage(f"{name}_distill", "04_distill", core, (sae, attribution, *before), {"cycle": t} | given,
-                  _slice(config, *SELECTION)),
+            Stage(f"{name}_train", "02_train_cycle", sae, ("harvest", *before), given, settings),
+            Stage(f"{name}_attribute", "03_attribute", attribution, ("harvest", sae, *before), given,
+                  _slice(config, *COMPUTING, *SELECTION, *(["distill.placebos"] if t else []))),
+            Stage(f"{name}_distill", "04_distill", core, (sae, attribution, *before), given, _slice(config, *SELECTION)),
         ]  # fmt: skip
     return found
+
+
+def _retrain_stage(config: RunConfig, chain: str, cycles: tuple[str, ...]) -> Stage:
+    """Every SAE that is trained with one chain's cores."""
+    settings = _slice(config.for_chain(chain), *COMPUTING, "seed", "sae", "training", *SELECTION, "distill.final_core")
+    settings["training"].pop("k")  # each of these SAEs has its own
+    settings["saes"] = [f"k{k}/{arm}-seed{seed}" for k in config.retrain.ks for arm, seed in config.retrain_arms(k, chain)]
+    if chain == "main":
+        if config.retrain.imported:
+            settings["imported"] = {name: [where, _fingerprint(where)] for name, where in config.retrain.imported.items()}
+        return Stage("retrain", "05_retrain_across_k", "retrain/index", cycles, {}, settings)
+    place = f"chain_{chain}/retrain/index"
+    return Stage(f"chain_{chain}_retrain", "05_retrain_across_k", place, cycles, {"chain": chain}, settings)
 
 
 def stages(config: RunConfig) -> list[Stage]:
     """Every stage of a run, parents first."""
     files = {"model_files": _fingerprint(config.model.name), "data_files": _fingerprint(config.data.source)}
     harvest = _slice(config, *COMPUTING, "model", "data", **files)
-    found = [Stage("harvest", "01_harvest", "harvest", (), {}, harvest), *_chain_stages(config, "main")]
-    cycles = tuple(stage.artefact for stage in found)  # random cores are drawn from the latents of every cycle
-    for chain in config.distill.chains:
-        found += _chain_stages(config, chain.name)
+    found = [Stage("harvest", "01_harvest", "harvest", (), {}, harvest)]
+    chains = {name: _chain_stages(config, name) for name in ("main", *(chain.name for chain in config.distill.chains))}
+    for chain in chains.values():
+        found += chain
     if config.learning_rate_sweep:
-        found.append(Stage("learning_rate", "09_learning_rate", "learning_rate/record", ("harvest",), {},
+        found.append(Stage("learning_rate", "09_learning_rate", "learning_rate/record", ("harvest", "cycle_0/core"), {},
                            _slice(config, *COMPUTING, "seed", "sae", "training", factors=config.learning_rate_sweep)))  # fmt: skip
-    settings = _slice(config, *COMPUTING, "seed", "sae", "training", *SELECTION, "distill.final_core")
-    settings["training"].pop("k")  # each of these SAEs has its own
-    saes = [f"k{k}/{arm}-seed{seed}" for k in config.retrain.ks for arm, seed in config.retrain_arms(k)]
-    if config.retrain.imported:
-        settings["imported"] = {name: [where, _fingerprint(where)] for name, where in config.retrain.imported.items()}
-    found.append(Stage("retrain", "05_retrain_across_k", "retrain/index", cycles, {}, settings | {"saes": saes}))
+    for chain in config.retrained_chains:
+        shared = chains[config.trains(chain, 0)][:3] if config.trains(chain, 0) != chain else []
+        cycles = ("harvest", *(stage.artefact for stage in [*shared, *chains[chain]]))  # random cores are drawn from all cycles
+        found.append(_retrain_stage(config, chain, cycles))
     bench = _slice(config, *COMPUTING, "saebench")
     suite = bench["saebench"].pop("suite")
     found.append(Stage("saebench", "06_saebench", "saebench/index", ("harvest", "retrain/index"), {}, bench))

@@ -54,9 +54,9 @@ def validate(summary: Row) -> None:
         for row in rows:
             if sum(row["origins"].values()) != row["core_out"]:
                 raise UserError(f"summary.json, {place}: origins do not add up to core_out in cycle {row['cycle']}.")
-    keys = [(row["k"], row["core"], row["seed"]) for row in summary["retrain"]]
+    keys = [(row["chain"], row["k"], row["core"], row["seed"]) for row in summary["retrain"]]
     if len(set(keys)) < len(keys):
-        raise UserError("summary.json, retrain: two rows have the same k, core and seed.")
+        raise UserError("summary.json, retrain: two rows have the same chain, k, core and seed.")
     for row in [row for rows in [*chains.values(), summary["retrain"]] for row in rows]:
         core, rest, total = (row["L0"][part] for part in ("core", "non_core", "total"))
         if abs(core + rest - total) > 0.01 * max(1.0, total):
@@ -65,8 +65,8 @@ def validate(summary: Row) -> None:
 
 def stage_kind(name: str) -> str:
     """harvest, train, attribute, distill, learning_rate, retrain, saebench ... from the name of a stage or its notebook."""
-    words = name.split("_")  # cycle_3_train, chain_x_cycle_3_train
-    return words[-1] if "cycle" in words else name
+    words = name.split("_")  # cycle_3_train, chain_x_cycle_3_train, chain_x_retrain
+    return words[-1] if "cycle" in words or words[0] == "chain" else name
 
 
 class Results:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmsae_lib.artifacts import Artifact, UserError, Writer
-from dmsae_lib.seeds import generator
 
 
 class MatryoshkaSAE(nn.Module):
@@ -47,19 +46,23 @@ class MatryoshkaSAE(nn.Module):
         self.register_buffer("threshold_ema", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def initialise(self, seed: int, first_batch: Tensor, core_decoder: str = "random") -> None:
+    def initialise(self, random: torch.Generator, first_batch: Tensor, core_decoder: str = "random",
+                   warm_rows: Tensor | None = None) -> None:  # fmt: skip
         """Random unit decoder rows; free encoder rows equal to them; b_enc 0; b_dec the batch's geometric median.
 
-        The free latents' directions depend on ``seed`` and their number alone, so SAEs with and without a core are
-        paired by seed as far as their sizes allow. ``core_decoder: encoder`` starts the core's decoder rows at its
-        encoder rows, scaled to norm 1: under one BatchTopK for all, random ones never catch up with the free latents.
+        ``random`` is this SAE's own: two SAEs that draw from one stream start with the same free latents and end with them
+        too, so that a core is found again because it was never lost. ``core_decoder: encoder`` starts the core's decoder
+        rows at its encoder rows, scaled to norm 1: under one BatchTopK for all, random ones never catch up with the free
+        latents. ``warm_rows`` (n, d_in) are the encoder rows, not frozen, at which the first n free latents start; their
+        decoder rows start as a core's do.
         """
-        free = torch.randn(self.d_sae - self.n_core, self.d_in, generator=generator(seed, "init", "free"))
-        core = self.core_rows
-        if core_decoder == "random":
-            core = torch.randn(self.n_core, self.d_in, generator=generator(seed, "init", "core decoder"))
-        self.W_dec.copy_(F.normalize(torch.cat([core, free]), dim=1))
+        core = self.core_rows if warm_rows is None else warm_rows
+        free = torch.randn(self.d_sae - len(core), self.d_in, generator=random)
+        decoder = torch.randn(len(core), self.d_in, generator=random) if core_decoder == "random" else core
+        self.W_dec.copy_(F.normalize(torch.cat([decoder, free]), dim=1))
         self.free_rows.copy_(self.W_dec[self.n_core :])
+        if warm_rows is not None:
+            self.free_rows[: len(warm_rows)] = warm_rows
         self.b_enc.zero_()
         self.b_dec.copy_(geometric_median(first_batch))
 
@@ -74,21 +77,23 @@ class MatryoshkaSAE(nn.Module):
         """(d_in, d_sae), core columns first."""
         return torch.cat([self.core_rows, self.free_rows]).T
 
-    def pre_activations(self, x: Tensor) -> Tensor:
-        """ReLU((x - b_dec) W_enc + b_enc), (..., d_sae), before any selection."""
-        return F.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+    def pre_activations(self, x: Tensor, first: int | None = None) -> Tensor:
+        """ReLU((x - b_dec) W_enc + b_enc), (..., d_sae), before any selection; or of the ``first`` latents alone."""
+        n = self.d_sae if first is None else first
+        rows = torch.cat([self.core_rows, self.free_rows[: n - self.n_core]])
+        return F.relu((x - self.b_dec) @ rows.T + self.b_enc[:n])
 
     def select(self, a: Tensor, threshold: Tensor | None = None) -> Tensor:
-        """Inference activations from pre-activations ``a`` (..., d_sae)."""
+        """Inference activations from pre-activations ``a`` of all latents or of the first ones, (..., n)."""
         threshold = self.threshold if threshold is None else threshold
-        keep = a > threshold.to(a.dtype)
+        keep = a > (threshold[: a.shape[-1]] if threshold.ndim else threshold).to(a.dtype)
         if self.core_sparsity == "relu":
             keep[..., : self.n_core] = True
         return a * keep
 
-    def encode(self, x: Tensor) -> Tensor:
-        """(..., d_in) to (..., d_sae)."""
-        return self.select(self.pre_activations(x))
+    def encode(self, x: Tensor, first: int | None = None) -> Tensor:
+        """(..., d_in) to (..., d_sae), or to the activations of the ``first`` latents alone."""
+        return self.select(self.pre_activations(x, first))
 
     def decode(self, f: Tensor) -> Tensor:
         """(..., d_sae) to (..., d_in): the full reconstruction."""

@@ -9,10 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Aggregator = Literal["mean_abs", "abs_mean", "quantile", "frequency"]
-CONTROLS = ("random", "frequency_matched", "random_directions", "most_frequent")
+NEW_ROWS = ("random_directions", "data_points", "pca", "rotated")  # controls that no training has ever selected
+CONTROLS = ("random", "most_frequent", *NEW_ROWS)
 LONGER = ("longer_repeated", "longer_fresh")
-ARMS = ("none", "distilled", *CONTROLS, *LONGER)
+ARMS = ("none", "distilled", *CONTROLS, "warm_start", *LONGER)
 Arm = Literal[ARMS]  # type: ignore[valid-type]
+Placebo = Literal[NEW_ROWS]  # type: ignore[valid-type]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -85,8 +87,9 @@ class TrainingConfig(CoreSettings):
 class Chain(CoreSettings):
     """A further distillation chain beside the main one: its own seed or core settings."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    seed: int = 0
+    name: Name
+    seed: int = Field(0, ge=0)
+    retrain: list[Arm] = []  # trained with this chain's own core at every k of retrain.ks with every seed of retrain.seeds
 
 
 class DistillConfig(Section):
@@ -96,6 +99,7 @@ class DistillConfig(Section):
     quantile: Fraction = 0.99
     final_core: Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"] = "last_two"
     chains: list[Chain] = []
+    placebos: list[Placebo] = []  # in each cycle, as many rows of this kind are frozen in an SAE beside the core's: the null of C2
     from_sae: str | None = None  # trained elsewhere, in place of cycle 0: a folder, or release:sae_id of SAELens
     from_prefixes: list[Positive] | None = None  # its nested sizes without the last, where its files do not say; []: not nested
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from statistics import StatisticsError, correlation
 from typing import Any
 
 from dmsae_lib import scores
@@ -17,13 +18,14 @@ from dmsae_lib.claims import judge
 from dmsae_lib.config import Run
 from dmsae_lib.core import READINGS, read_core, reading_members
 from dmsae_lib.layout import flat, laid_out, readable, thinned
+from dmsae_lib.regime import gates
 from dmsae_lib.results import stage_kind, validate
 from dmsae_lib.reviewers import answers
 from dmsae_lib.saebench import EVALS, REPRODUCED, Task, reproduced_tasks, suite_tasks
 from dmsae_lib.saebench_probing import mean_baselines, suitable
 
 Row = dict[str, Any]
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 CYCLE_POINTS, RETRAIN_POINTS = 150, 20  # rows kept of each training history
 L0_PARTS = ("core", "non_core", "total")
 
@@ -54,10 +56,11 @@ class Stages:
         attribution = self.get("attribution", self.run.cycle(cycle, "attribution", chain), sae)
         return sae, attribution, self.get("core", self.run.cycle(cycle, "core", chain), attribution)
 
-    def retrained(self) -> Iterable[tuple[int, str, int, Artifact]]:
+    def retrained(self, chain: str = "main") -> Iterable[tuple[int, str, int, Artifact]]:
+        """(k, arm, seed, SAE) of everything trained with a chain's cores."""
         for k in self.run.config.retrain.ks:
-            for arm, seed in self.run.config.retrain_arms(k):
-                yield k, arm, seed, self.get("sae", self.run.retrained(k, arm, seed), self.harvest())
+            for arm, seed in self.run.config.retrain_arms(k, chain):
+                yield k, arm, seed, self.get("sae", self.run.retrained(k, arm, seed, chain), self.harvest())
 
     def imported(self) -> dict[tuple[int, str, int], Artifact]:
         """The SAEs trained elsewhere by (k, arm, seed)."""
@@ -96,35 +99,67 @@ class Stages:
         return {stage: seconds for stage, seconds in total.items() if stage != "summary"}
 
 
-def cycle_row(sae: Row, attribution: Row, core: Row, k: int) -> Row:
+def cycle_row(sae: Row, attribution: Row, core: Row, before: Row | None, k: int) -> Row:
+    ids = [{latent["id"] for latent in one["latents"]} for one in (before, core) if one]
     return {"cycle": sae["cycle"], "core_in": sae["core_in"], "core_out": core["size"], "kept": core["kept"],
+            "jaccard": len(ids[0] & ids[1]) / len(ids[0] | ids[1]) if before else None,
             "origins": core["origins"], "L0": {part: sae["L0"][part] for part in L0_PARTS},
-            "core_share": sae["L0"]["core"] / k, "dead": sae["dead"], "fvu": sae["fvu"],
-            "loss_recovered": sae["loss_recovered"],
+            "core_share": sae["L0"]["core"] / k, "core_rows": sae.get("core_rows"), "dead": sae["dead"], "rare": sae["rare"],
+            "fvu": sae["fvu"], "loss_increase": sae["loss_increase"], "loss_recovered": sae["loss_recovered"],
             "ranking_stability": {name: attribution["stability"][name] for name in ("spearman", "jaccard")},
-            "parent": core["parent"],
+            "placebos": attribution["placebos"], "parent": core["parent"],
             "aggregators": {name: entry["size"] for name, entry in attribution["aggregators"].items()}}
 
 
 def cycle_rows(stages: Stages, chain: str = "main") -> list[Row]:
-    config = stages.run.config
-    parts = [stages.cycle(t, chain) for t in range(config.distill.cycles + 1)]
-    return [cycle_row(sae.json("metrics.json"), attribution.json("record.json"), core.json("core.json"),
-                      config.training.k) for sae, attribution, core in parts]
+    config, before, rows = stages.run.config, None, []
+    for t in range(config.distill.cycles + 1):
+        sae, attribution, core = stages.cycle(t, chain)
+        parts = sae.json("metrics.json"), attribution.json("record.json"), core.json("core.json")
+        rows.append(cycle_row(*parts, before, config.training.k))
+        before = parts[2]
+    return rows
 
 
-def retrain_row(k: int, arm: str, seed: int, metrics: Row, numbers: Row | None) -> Row:
-    return {"k": k, "core": arm, "seed": seed, "core_size": metrics["core_size"], "overlap": metrics["overlap"],
-            "L0": {part: metrics["L0"][part] for part in L0_PARTS}, "unbound": metrics["unbound"],
-            "fvu": metrics["fvu"]["full"], "loss_recovered": metrics["loss_recovered"]["full"],
-            "dead": metrics["dead"], "tokens": metrics["tokens"], "saebench": numbers}
+def retrain_row(chain: str, k: int, arm: str, seed: int, metrics: Row, numbers: Row | None) -> Row:
+    return {"chain": chain, "k": k, "core": arm, "seed": seed, "core_size": metrics["core_size"], "overlap": metrics["overlap"],
+            "core_rows": metrics["core_rows"], "L0": {part: metrics["L0"][part] for part in L0_PARTS},
+            "unbound": metrics["unbound"], "fvu": metrics["fvu"]["full"], "loss_increase": metrics["loss_increase"]["full"],
+            "loss_recovered": metrics["loss_recovered"]["full"], "loss_recovered_mean": metrics["loss_recovered_mean"],
+            "dead": metrics["dead"], "rare": metrics["rare"], "tokens": metrics["tokens"], "saebench": numbers}
+
+
+def retrain_rows(stages: Stages, of_sae: dict[tuple[int, str, int], Row]) -> list[Row]:
+    """The retrained SAEs of every chain. ``frequency_correlation`` is that of the core rows' firing frequencies with those in the
+    SAE of the same rows at the next k (at the last k: the one before), which started from another initialisation: how far the
+    rows alone decide what their latents do. It can be asked of every arm, while only a distilled latent has a cycle before."""
+    ks, rows, frequencies = sorted(stages.run.config.retrain.ks), [], {}
+    for chain in stages.run.config.retrained_chains:
+        for k, arm, seed, sae in stages.retrained(chain):
+            metrics = sae.json("metrics.json")
+            rows.append(retrain_row(chain, k, arm, seed, metrics, of_sae.get((k, arm, seed)) if chain == "main" else None))
+            frequencies[chain, k, arm, seed] = (metrics["core_frequency"] or {}).get("values")
+    for row in rows:
+        place = ks.index(row["k"])
+        other = ks[place + 1] if place + 1 < len(ks) else ks[place - 1]
+        pair = [frequencies.get((row["chain"], k, row["core"], row["seed"])) for k in (row["k"], other)]
+        row["frequency_correlation"] = _correlation(*pair) if len(ks) > 1 and all(pair) else None
+    return rows
+
+
+def _correlation(a: list[float], b: list[float]) -> float | None:
+    """Pearson; None where one of them is constant."""
+    try:
+        return correlation(a, b)
+    except StatisticsError:
+        return None
 
 
 def imported_row(name: str, metrics: Row, numbers: Row | None) -> Row:
     source = metrics["imported"]
     return {"name": name, **{key: source[key] for key in ("where", "hash", "architecture", "d_sae", "widths")},
-            "L0": metrics["L0"]["total"], "fvu": metrics["fvu"]["full"], "loss_recovered": metrics["loss_recovered"]["full"],
-            "dead": metrics["dead"], "saebench": numbers}
+            "L0": metrics["L0"]["total"], "fvu": metrics["fvu"]["full"], "loss_increase": metrics["loss_increase"]["full"],
+            "loss_recovered": metrics["loss_recovered"]["full"], "dead": metrics["dead"], "saebench": numbers}
 
 
 def lineage(stages: Stages) -> Row:
@@ -152,21 +187,28 @@ def _made(stages: Stages) -> Row:
             "seconds": stages.seconds()}
 
 
-def summarise(run: Run) -> Row:
-    """The content of summary.json (see the module's docstring), validated.
+def regime(stages: Stages, d_in: int) -> list[Row]:
+    """The gates of cycle 0; none for an SAE that was trained elsewhere."""
+    sae, attribution, _ = stages.cycle(0)
+    if "history.csv" not in sae.files:
+        return []
+    return gates(stages.run.config, d_in, sae.json("metrics.json"), sae.csv("history.csv"), attribution.json("record.json"))
+
+
+def summarise(run: Run, identity: list[Row] | tuple[()] = ()) -> Row:
+    """The content of summary.json (see the module's docstring), validated; ``identity``: identity.identity_rows.
 
     Raises ArtifactError where a stage is missing or was made from something else than what lies beside it now.
     """
-    return _summarise(Stages(run))
+    return _summarise(Stages(run), identity)
 
 
-def _summarise(stages: Stages) -> Row:
+def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
     config, harvest = stages.run.config, stages.harvest().json("record.json")
     cycles, last = cycle_rows(stages), config.distill.cycles
     scored = stages.scores
     of_sae = scores.by_sae(scored)
-    retrained = [retrain_row(k, arm, seed, sae.json("metrics.json"), of_sae.get((k, arm, seed)))
-                 for k, arm, seed, sae in stages.retrained()]
+    retrained = retrain_rows(stages, of_sae)
     asked = EVALS if config.saebench.suite.evals is None else (*REPRODUCED, *config.saebench.suite.evals)
     sizes = {name: len(ids) for name, ids in lineage(stages)["readings"].items()}
     first_sae = stages.cycle(0)[0].json("metrics.json")
@@ -178,12 +220,14 @@ def _summarise(stages: Stages) -> Row:
                   "prefixes": first_sae["prefixes"], "n_cycles": last, "tokens_per_cycle": config.data.train_tokens,
                   "batch_size": config.training.batch_size, "coverage": config.distill.coverage,
                   "aggregator": config.distill.aggregator, **config.training.core_settings()},
-        "language_model": {name: harvest[name] for name in ("clean_loss", "zero_loss", "scale")},
+        "language_model": {name: harvest[name] for name in ("clean_loss", "zero_loss", "mean_loss", "scale")},
+        "regime": regime(stages, harvest["model"]["d_model"]),
         "cycles": cycles, "chains": chains,
         "final_core": {"reading": config.distill.final_core, "size": sizes[config.distill.final_core], "sizes": sizes,
                        "lineage": "core_lineage.json"},
         "retrain": retrained, "imported": [imported_row(sae[1], artifact.json("metrics.json"), of_sae.get(sae))
                                            for sae, artifact in stages.imported().items()],
+        "identity": list(identity),
         "evals": scores.eval_rows(scored, asked),
         "differences": scores.differences(retrained, scored),
         "heatmap": [{"arm": row["core"], "k": k, "seed": row["seed"], "coverage": share, "size": size,
@@ -205,7 +249,8 @@ def tables(summary: Row, stages: Stages) -> dict[str, list[Row]]:
     """The CSV files beside summary.json, by name."""
     claims = [{"claim": name} | part for name, claim in summary["claims"].items() for part in claim["parts"]]
     found = {"cycles.csv": summary["cycles"], "retrain.csv": summary["retrain"], "heatmap.csv": summary["heatmap"],
-             "claims.csv": claims, "imported.csv": summary["imported"], "saebench_differences.csv": summary["differences"]}
+             "claims.csv": claims, "imported.csv": summary["imported"], "saebench_differences.csv": summary["differences"],
+             "identity.csv": summary["identity"], "regime.csv": summary["regime"]}
     found = {name: [flat(row) for row in rows] for name, rows in found.items()}
     found["saebench_scores.csv"] = readable(scores.score_rows(stages.scores))
     found["history_cycles.csv"] = [
@@ -213,16 +258,17 @@ def tables(summary: Row, stages: Stages) -> dict[str, list[Row]]:
         if "history.csv" in stages.cycle(t)[0].files  # cycle 0 may have been trained elsewhere
         for row in thinned(stages.cycle(t)[0].csv("history.csv"), CYCLE_POINTS)]
     found["history_retrain.csv"] = [
-        {"k": k, "core": arm, "seed": seed} | row for k, arm, seed, sae in stages.retrained()
-        for row in thinned(sae.csv("history.csv"), RETRAIN_POINTS)]
+        {"chain": chain, "k": k, "core": arm, "seed": seed} | row for chain in stages.run.config.retrained_chains
+        for k, arm, seed, sae in stages.retrained(chain) for row in thinned(sae.csv("history.csv"), RETRAIN_POINTS)]
     return {name: [dict.fromkeys(key for row in rows for key in row) | row for row in rows]
             for name, rows in found.items() if rows}
 
 
-def write_summary(run: Run, more: dict[str, Any] | None = None) -> Path:
-    """Make the artefact ``runs/<run>/summary`` and return its folder; ``more``: further JSON files by name."""
+def write_summary(run: Run, more: dict[str, Any] | None = None, identity: Iterable[Row] = ()) -> Path:
+    """Make the artefact ``runs/<run>/summary`` and return its folder; ``more``: further JSON files by name; ``identity``: see
+    :func:`summarise`."""
     stages = Stages(run)
-    summary = _summarise(stages)
+    summary = _summarise(stages, identity)
     folder = run.folder / "summary"
     parents = {path.relative_to(run.folder).as_posix(): artifact.hash for path, (_, artifact) in stages.opened.items()}
     with write(folder, "summary", parents) as writer:

@@ -37,7 +37,7 @@ LOUD = (17, 60, 61, 140)  # ids whose residual is an outlier
 class MarkingModel:
     """Residual (id // 16, id % 16, 8, 0); the loud ids have 4096 in the last channel. All exact in bfloat16."""
 
-    bos, device = BOS, "cpu"
+    bos, device, d_model = BOS, "cpu", 4
 
     def __init__(self, dtype: str = "float32", batch_rows: int = 4, loud: tuple = ()):
         self.config, self.loud = SimpleNamespace(dtype=dtype, batch_rows=batch_rows), loud

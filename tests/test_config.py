@@ -7,7 +7,7 @@ import yaml
 
 from dmsae_lib.artifacts import UserError
 from dmsae_lib.config import load_config, open_run
-from dmsae_lib.settings import CONTROLS, LONGER
+from dmsae_lib.settings import CONTROLS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -32,18 +32,30 @@ def test_the_regime_of_the_paper():
     assert default.distill.cycles == 7 and default.data.fresh_factor == 8
 
 
-def test_extended_has_every_control_at_every_k_and_three_distillation_seeds_of_both_kinds():
+def test_extended_has_five_chains_of_each_kind_and_every_control_at_every_k():
     default, extended = load_config("default"), load_config("extended")
-    for section in ("model", "data", "sae", "training"):
+    for section in ("model", "sae", "training"):
         assert getattr(extended, section) == getattr(default, section)
-    for k in default.retrain.ks:
-        arms = ("none", "distilled", *CONTROLS, *(LONGER if k == default.training.k else ()))
-        assert sorted(extended.retrain_arms(k)) == sorted((arm, seed) for arm in arms for seed in (0, 1, 2))
-    chains = [extended.for_chain(name) for name in ("main", *(chain.name for chain in extended.distill.chains))]
-    found = [(c.training.core_sparsity, c.training.core_bias_init, c.training.core_decoder_init, c.seed) for c in chains]
-    assert sorted(found) == sorted([
-        *(("relu", "zero", "random", seed) for seed in (0, 1, 2)), *(("batchtopk", "zero", "encoder", seed) for seed in (0, 1, 2)),
-        ("batchtopk", "zero", "random", 0), ("relu", "zero", "encoder", 0), ("relu", "match_frequency", "random", 0)])  # fmt: skip
+    assert extended.data.train_tokens == default.data.train_tokens and extended.retrain.ks == default.retrain.ks
+    settings = {name: extended.for_chain(name) for name in ("main", *(chain.name for chain in extended.distill.chains))}
+    kinds = {name: (c.training.core_sparsity, c.training.core_decoder_init, c.seed) for name, c in settings.items()}
+    assert sorted(kinds.values()) == sorted((*kind, seed) for kind in (("batchtopk", "encoder"), ("relu", "random"))
+                                            for seed in range(5))  # fmt: skip
+    assert extended.retrained_chains == list(kinds)  # each with its own core
+    for name, (sparsity, _, seed) in kinds.items():
+        arms = ["none", "distilled", *CONTROLS, "warm_start"] if sparsity == "batchtopk" else ["distilled"]
+        assert all(sorted(extended.retrain_arms(k, name)) == sorted((arm, 0) for arm in arms) for k in extended.retrain.ks)
+        twin = next(other for other, kind in kinds.items() if kind[2] == seed)
+        assert extended.trains(name, 0) == twin and extended.trains(name, 1) == name
+        assert bool(settings[name].distill.placebos) == (sparsity == "batchtopk")
+
+
+def test_a_chain_cannot_count_twice():
+    """Two chains of one seed and the same core settings are one chain; with other core settings they are two."""
+    load_config("smoke", ["distill.chains=[{name: a, core_sparsity: batchtopk}, {name: b, core_bias_init: match_frequency}]"])
+    for chains in ("{name: a}", "{name: a, seed: 3}, {name: b, seed: 3}"):
+        with pytest.raises(UserError, match="would count twice"):
+            load_config("smoke", [f"distill.chains=[{chains}]"])
 
 
 def test_overrides_reach_any_depth_and_take_yaml():
@@ -101,12 +113,15 @@ def test_where_a_run_keeps_its_stages():
 
 
 def test_a_chain_takes_its_own_seed_and_core_settings_and_nothing_else():
-    config = load_config("smoke", ["distill.chains=[{name: b, seed: 5, core_sparsity: batchtopk}]"])
+    """But for the placebos, the null of a claim that is judged by chains of the main one's kind."""
+    config = load_config("smoke", ["distill.chains=[{name: b, seed: 5, core_sparsity: batchtopk}, {name: d, seed: 6}]"])
     assert config.for_chain("main") == config
+    assert config.for_chain("d").model_copy(update={"seed": 0}) == config and config.distill.placebos
     other = config.for_chain("b")
     assert (other.seed, other.training.core_sparsity, other.training.core_bias_init) == (5, "batchtopk", "zero")
-    update = {"core_sparsity": "relu"}
-    assert other.model_copy(update={"seed": 0, "training": other.training.model_copy(update=update)}) == config
+    assert other.distill.placebos == []
+    update = {"seed": 0, "training": other.training.model_copy(update={"core_sparsity": "relu"}), "distill": config.distill}
+    assert other.model_copy(update=update) == config
     with pytest.raises(UserError, match="no chain 'c' in config smoke: use one of main, b"):
         config.for_chain("c")
 

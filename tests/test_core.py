@@ -1,6 +1,6 @@
 """The core over hand-made cycles: rows, lineage, readings, round trip; and the control cores."""
 
-import math
+import numpy as np
 
 import pytest
 import torch
@@ -14,11 +14,13 @@ from dmsae_lib.core import (
     control_core,
     distil,
     final_core,
+    geometry,
     read_core,
     reading_members,
     save_core,
 )
 from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.settings import NEW_ROWS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,75 +172,102 @@ def test_the_pool_is_every_cycles_first_prefix(cycles):
             assert torch.equal(pool.rows[pool.ids.index(latent.id)], row)
 
 
+X = random(300, D_IN, seed=11) * torch.logspace(0, -1, D_IN) + 0.5  # activations: a mean, and directions of unequal variance
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_near_copies_are_left_out_of_the_pool(cycles):
+    """The earlier of two rows within |cos| > .9 stays, whatever their norms and signs; a row at .89 is no copy."""
+    (first, _), (second, _) = cycles[0], cycles[1]
+    row = first.free_rows[0].detach()
+    other = random(D_IN, seed=77)
+    other -= other @ row / row.square().sum() * row  # orthogonal
+    unit, away = row / row.norm(), other / other.norm()
+    with torch.no_grad():
+        second.free_rows[0] = -3 * (0.91 * unit + (1 - 0.91**2) ** 0.5 * away)
+        second.free_rows[1] = 0.89 * unit - (1 - 0.89**2) ** 0.5 * away
+    frequency = torch.arange(6, dtype=torch.float64)
+    pool = candidate_pool([(0, first, frequency[:4]), (1, second, frequency)])
+    assert pool.copies == 1 and pool.ids == ["c0:0", "c0:1", "c0:2", "c0:3", "c1:3", "c1:4", "c1:5"]
+    unit_rows = torch.nn.functional.normalize(pool.rows, dim=1)
+    assert float((unit_rows @ unit_rows.T - torch.eye(len(pool.rows))).abs().max()) <= 0.9
+    assert pool.frequency.tolist() == [0, 1, 2, 3, 3, 4, 5]
+
+
 def test_random_controls_are_drawn_without_replacement():
     pool, draws = make_pool(), []
     for seed in range(200):
-        rows, overlap = control_core("random", CORE, pool, seed)
+        rows, ids = control_core("random", CORE, pool, X, seeded(seed))
         chosen = positions(rows, pool)
-        assert len(set(chosen)) == len(CORE)
-        assert overlap == len({1, 5, 9, 20, 29} & set(chosen)) / len(CORE)
+        assert len(set(chosen)) == len(CORE) and ids == [pool.ids[i] for i in chosen]
         draws.append(frozenset(chosen))
     assert len(set(draws)) > 190  # the seed matters
-    assert torch.equal(control_core("random", CORE, pool, 3)[0], control_core("random", CORE, pool, 3)[0])
+    assert torch.equal(control_core("random", CORE, pool, X, seeded(3))[0], control_core("random", CORE, pool, X, seeded(3))[0])
     counts = [sum(i in draw for draw in draws) for i in range(30)]  # each 200 * 5 / 30 = 33 times, sd 5.3
     assert 15 <= min(counts) and max(counts) <= 54
 
 
 def test_a_pool_of_the_cores_own_size_is_all_of_it():
-    pool = make_pool(5)
-    rows, overlap = control_core("random", make_core([0, 1, 2, 3, 4], [0.1] * 5), pool, 0)
-    assert sorted(positions(rows, pool)) == [0, 1, 2, 3, 4] and overlap == 1.0
+    rows, _ = control_core("random", make_core([0, 1, 2, 3, 4], [0.1] * 5), make_pool(5), X, seeded(0))
+    assert sorted(positions(rows, make_pool(5))) == [0, 1, 2, 3, 4]
 
 
 def test_most_frequent_control():
-    rows, overlap = control_core("most_frequent", CORE, make_pool(), 0)
-    assert positions(rows, make_pool()) == [29, 28, 27, 26, 25] and overlap == 0.2
-    assert torch.equal(rows, control_core("most_frequent", CORE, make_pool(), 1)[0])
+    rows, ids = control_core("most_frequent", CORE, make_pool(), X, seeded(0))
+    assert positions(rows, make_pool()) == [29, 28, 27, 26, 25] and len(ids) == 5
 
 
-def test_matched_controls_are_the_nearest_in_log_frequency():
-    """Greedy in the drawn order: each latent gets the nearest one that is neither taken nor of the core."""
-    pool, members = make_pool(), {1, 5, 9, 20, 29}
-    for seed in range(20):
-        rows, overlap = control_core("frequency_matched", CORE, pool, seed)
-        chosen = positions(rows, pool)
-        assert overlap == 0.0 and len(set(chosen)) == len(CORE) and not members & set(chosen)
-        wanted = {latent.frequency for latent in CORE.latents}
-        taken: set[int] = set()
-        for position in chosen:  # some core latent that is still without a partner has this as its nearest
-            def distance(i, f):
-                return abs(math.log(float(pool.frequency[i])) - math.log(f))
-
-            free = [i for i in range(30) if i not in members | taken]
-            partners = [f for f in wanted if min(free, key=lambda i, f=f: distance(i, f)) == position]
-            assert partners, (seed, position)
-            wanted.remove(min(partners, key=lambda f: distance(position, f)))
-            taken.add(position)
-
-
-def test_matched_controls_use_core_members_only_when_nothing_else_is_left():
-    pool = make_pool(7)
-    core = make_core([0, 1, 2, 3], [float(f) for f in pool.frequency[:4]])
-    rows, overlap = control_core("frequency_matched", core, pool, 0)
-    chosen = positions(rows, pool)
-    assert {4, 5, 6} < set(chosen) and overlap == 0.25
-
-
-def test_random_directions_have_the_cores_norms():
-    rows, overlap = control_core("random_directions", CORE, make_pool(), 0)
-    assert overlap is None and rows.shape == CORE.rows.shape
+@pytest.mark.parametrize("kind", NEW_ROWS)
+def test_new_rows_have_the_cores_norms_and_are_no_latents(kind):
+    rows, ids = control_core(kind, CORE, None, X, seeded(0))
+    assert ids == [] and rows.shape == CORE.rows.shape
     assert torch.allclose(rows.norm(dim=1), CORE.rows.norm(dim=1), rtol=1e-5)
-    other = control_core("random_directions", CORE, make_pool(), 1)[0]
-    assert not torch.allclose(rows, other)
+    other = control_core(kind, CORE, None, X, seeded(1))[0]
+    assert torch.allclose(rows, other) == (kind == "pca")  # principal components are not drawn
+
+
+def test_random_directions_prefer_none():
     wide = Core(0, torch.ones(400, 64), [Latent(str(i), 0, i, i) for i in range(400)])
-    directions = control_core("random_directions", wide, make_pool(), 0)[0] / 8.0
-    assert float(directions.mean(0).norm()) < 0.15  # no preferred direction: 1 / sqrt(400) = 0.05 expected
+    directions = control_core("random_directions", wide, None, X, seeded(0))[0] / 8.0
+    assert float(directions.mean(0).norm()) < 0.15  # 1 / sqrt(400) = 0.05 expected
+
+
+def test_data_points_are_centred_activations():
+    rows, _ = control_core("data_points", CORE, None, X, seeded(0))
+    cosine = torch.nn.functional.normalize(rows, dim=1) @ torch.nn.functional.normalize(X - X.mean(0), dim=1).T
+    best = cosine.max(dim=1)
+    assert torch.allclose(best.values, torch.ones(5), atol=1e-5) and len(set(best.indices.tolist())) == 5
+
+
+def test_principal_directions_come_in_both_signs():
+    """Against numpy's SVD of the centred activations."""
+    rows, _ = control_core("pca", CORE, None, X, seeded(0))
+    unit = torch.nn.functional.normalize(rows, dim=1).numpy()
+    leading = np.linalg.svd((X - X.mean(0)).double().numpy(), full_matrices=False)[2][:3]
+    assert np.allclose(np.abs((unit[[0, 2, 4]] * leading).sum(1)), 1, atol=1e-4)
+    assert np.allclose(unit[0], -unit[1], atol=1e-6) and np.allclose(unit[2], -unit[3], atol=1e-6)
+
+
+def test_a_rotated_core_keeps_its_span_norms_and_cosines():
+    rows, _ = control_core("rotated", CORE, None, X, seeded(0))
+    assert torch.allclose(rows @ rows.T, CORE.rows @ CORE.rows.T, atol=1e-3)
+    projector = torch.linalg.pinv(CORE.rows) @ CORE.rows
+    assert torch.allclose(rows @ projector, rows, atol=1e-4)
+    assert float(torch.cosine_similarity(rows, CORE.rows).abs().max()) < 0.95  # other directions in it
+
+
+def test_geometry_by_hand():
+    assert geometry(3 * torch.eye(4))["rank"] == pytest.approx(4) and geometry(torch.ones(4, 7))["rank"] == pytest.approx(1)
+    found = geometry(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))  # eigenvalues 9 and 1: 100 / 82
+    assert found == pytest.approx({"rank": 100 / 82, "norm": 2.0, "norm_min": 1.0, "norm_max": 3.0})
 
 
 def test_too_small_a_pool_is_refused():
-    for kind in ("random", "frequency_matched", "most_frequent"):
-        with pytest.raises(UserError, match=rf"control core {kind} needs 5 latents .* hold 4: raise sae.prefixes"):
-            control_core(kind, CORE, make_pool(4), 0)
-    assert control_core("random_directions", CORE, make_pool(4), 0)[0].shape == (5, D_IN)  # needs no pool
+    for kind in ("random", "most_frequent"):
+        with pytest.raises(UserError, match=rf"control core {kind} needs 5 latents .* hold 4 that differ: raise sae.prefixes"):
+            control_core(kind, CORE, make_pool(4), X, seeded(0))
     with pytest.raises(UserError, match="no control core 'lucky'"):
-        control_core("lucky", CORE, make_pool(), 0)
+        control_core("lucky", CORE, make_pool(), X, seeded(0))

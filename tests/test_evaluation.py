@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dmsae_lib import evaluation
-from dmsae_lib.activations import reference_losses, usable_residuals
+from dmsae_lib.activations import Losses, reference_losses, usable_residuals
 from dmsae_lib.evaluation import UNBOUND, calibrate_threshold, calibration_residuals, evaluate, loss_recovered, lower_all
 from dmsae_lib.sae import MatryoshkaSAE
 
@@ -23,10 +23,10 @@ def split(random_split):
 
 
 @pytest.fixture(scope="module")
-def losses(tiny_llama, split) -> tuple[float, float]:
-    clean, zero = reference_losses(tiny_llama, split)
-    assert abs(zero - clean) > 0.1  # else the loss recovered means nothing
-    return clean, zero
+def losses(tiny_llama, split, residuals) -> Losses:
+    found = reference_losses(tiny_llama, split, residuals.mean(0))
+    assert abs(found.zero - found.clean) > 0.1 < abs(found.mean - found.clean)  # else the loss recovered means nothing
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -74,46 +74,71 @@ def with_rows(model, rows: int):
 
 
 def test_a_perfect_reconstruction(tiny_llama, split, losses):
-    found = evaluate(identity_sae(tiny_llama.d_model), tiny_llama, split, *losses)
+    found = evaluate(identity_sae(tiny_llama.d_model), tiny_llama, split, losses)
     assert found["fvu"]["full"] == pytest.approx(0, abs=1e-10)
     assert found["loss_recovered"]["full"] == pytest.approx(1, abs=1e-5)
-    assert found["ce_loss"] == pytest.approx(losses[0], abs=1e-5)
+    assert found["ce_loss"] == pytest.approx(losses.clean, abs=1e-5)
+    assert found["loss_increase"]["full"] == pytest.approx(0, abs=1e-5) and found["loss_recovered_mean"] == pytest.approx(1, abs=1e-5)
 
 
 def test_the_mean_explains_nothing(tiny_llama, split, losses, residuals):
     """FVU is measured against the mean, not against zero."""
-    found = evaluate(constant_sae(residuals.double().mean(0).float()), tiny_llama, split, *losses)
+    found = evaluate(constant_sae(residuals.mean(0)), tiny_llama, split, losses)
+    assert found["loss_recovered_mean"] == pytest.approx(0, abs=1e-5)
+    assert found["loss_increase"]["full"] == pytest.approx(losses.mean - losses.clean, abs=1e-5)
     assert all(value == pytest.approx(1, abs=1e-6) for value in found["fvu"].values())
     assert found["dead"] == D_SAE and found["L0"]["total"] == 0
 
 
 def test_zero_ablation_recovers_nothing(tiny_llama, split, losses, residuals):
-    found = evaluate(constant_sae(torch.zeros(tiny_llama.d_model)), tiny_llama, split, *losses)
+    found = evaluate(constant_sae(torch.zeros(tiny_llama.d_model)), tiny_llama, split, losses)
     assert found["loss_recovered"]["full"] == pytest.approx(0, abs=1e-6)
     assert found["loss_recovered"]["prefix0"] == pytest.approx(0, abs=1e-6)
-    assert found["ce_loss"] == pytest.approx(losses[1], abs=1e-6)
+    assert found["ce_loss"] == pytest.approx(losses.zero, abs=1e-6)
     x = residuals.double()
     assert found["fvu"]["full"] == pytest.approx(float(x.square().sum() / (x - x.mean(0)).square().sum()), rel=1e-6)
 
 
 def test_loss_recovered_by_hand():
-    assert [loss_recovered(loss, clean=2.0, zero=6.0) for loss in (2.0, 6.0, 3.0, 7.0)] == [1.0, 0.0, 0.75, -0.25]
+    assert [loss_recovered(loss, clean=2.0, ablated=6.0) for loss in (2.0, 6.0, 3.0, 7.0)] == [1.0, 0.0, 0.75, -0.25]
 
 
 def test_reference_losses_token_by_token(tiny_llama, split):
     """Targets that are BOS or padding do not count; BOS and padding positions keep their residual."""
-    clean, zero, count = 0.0, 0.0, 0
+    mean, sums, count = torch.linspace(-1, 2, tiny_llama.d_model), [0.0, 0.0, 0.0], 0
     for row, length in zip(split["tokens"].tolist(), split["lengths"].tolist()):
         tokens = torch.tensor([row[:length]])  # what follows cannot matter to a causal model
         resid = tiny_llama.lower(tokens)
-        ablated = torch.where((tokens == 0)[..., None], resid, torch.zeros(()))
-        for which, logits in (("clean", tiny_llama.logits(tokens)), ("zero", tiny_llama.upper(tokens, ablated))):
-            for t in range(1, length):
-                if row[t] != 0:
-                    nats = -float(logits[0, t - 1].double().log_softmax(-1)[row[t]])
-                    clean, zero = (clean + nats, zero) if which == "clean" else (clean, zero + nats)
-                    count += which == "clean"
-    assert reference_losses(tiny_llama, split) == (pytest.approx(clean / count, rel=1e-5), pytest.approx(zero / count, rel=1e-5))
+        ablated = [torch.where((tokens == 0)[..., None], resid, put) for put in (torch.zeros(()), mean)]
+        logits = [tiny_llama.logits(tokens), *(tiny_llama.upper(tokens, put) for put in ablated)]
+        for t in [t for t in range(1, length) if row[t] != 0]:
+            sums = [s - float(found[0, t - 1].double().log_softmax(-1)[row[t]]) for s, found in zip(sums, logits)]
+            count += 1
+    assert reference_losses(tiny_llama, split, mean) == pytest.approx(tuple(total / count for total in sums), rel=1e-5)
+
+
+def test_a_single_prefix_is_the_first_and_the_last(tiny_llama, split, losses):
+    """Not nested at all: prefix 0 is the full reconstruction."""
+    sae = MatryoshkaSAE(tiny_llama.d_model, D_SAE, ())
+    sae.W_dec.data.copy_(F.normalize(torch.randn(D_SAE, tiny_llama.d_model, generator=torch.Generator().manual_seed(0)), dim=1))
+    sae.free_rows.data.copy_(sae.W_dec)
+    found = evaluate(sae.requires_grad_(False), tiny_llama, split, losses)
+    assert list(found["fvu"]) == ["full"] and abs(found["ce_loss"] - losses.clean) > 0.01
+    expected = loss_recovered(found["ce_loss"], losses.clean, losses.zero)
+    assert found["loss_recovered"] == pytest.approx({"prefix0": expected, "full": expected})
+    assert found["loss_increase"]["prefix0"] == found["loss_increase"]["full"] == pytest.approx(found["ce_loss"] - losses.clean)
+
+
+def test_rare_latents_are_counted_on_the_usable_positions(tiny_llama, split, losses, residuals):
+    """One latent fires on every token, one on BOS alone, one on just under and one on just over one token in a thousand."""
+    n = len(residuals)
+    score = residuals[:, 0].sort(descending=True).values
+    sae = MatryoshkaSAE(tiny_llama.d_model, 3, ())
+    sae.free_rows.data[1:, 0] = 1.0
+    few = math.ceil(evaluation.RARE * n) - 1
+    sae.b_enc.data.copy_(torch.tensor([1.0, -float(score[few - 1 : few + 1].mean()) if few else -float(score[0]) - 1e-3,
+                                       -float(score[few + 1 : few + 3].mean())]))  # fmt: skip
+    assert evaluate(sae.requires_grad_(False), tiny_llama, split, losses)["rare"] == pytest.approx(1 / 3)
 
 
 # ---------------------------------------------------------------------------------------- against naive sums
@@ -130,7 +155,7 @@ def sae(tiny_llama, split) -> MatryoshkaSAE:
 
 @pytest.fixture(scope="module")
 def found(tiny_llama, split, losses, sae) -> dict:
-    return evaluate(sae, tiny_llama, split, *losses)
+    return evaluate(sae, tiny_llama, split, losses)
 
 
 def naive_activations(sae: MatryoshkaSAE, x: torch.Tensor, threshold: float) -> np.ndarray:
@@ -174,16 +199,18 @@ def test_loss_with_the_reconstruction_in_place(tiny_llama, split, losses, sae, f
             logits = tiny_llama.upper(tokens, put)[0].double().log_softmax(-1)
             kept = [t for t in range(1, length) if row[t] != 0]
             total, count = total - sum(float(logits[t - 1, row[t]]) for t in kept), count + len(kept)
-        clean, zero = losses
+        clean, zero, mean = losses
         assert found["loss_recovered"][key] == pytest.approx((zero - total / count) / (zero - clean), abs=1e-4)
+        assert found["loss_increase"][key] == pytest.approx(total / count - clean, abs=1e-5)
         if key == "full":
             assert found["ce_loss"] == pytest.approx(total / count, rel=1e-5)
-    assert evaluate(sae, tiny_llama, split, *losses, with_prefix0=False)["loss_recovered"]["prefix0"] is None
+            assert found["loss_recovered_mean"] == pytest.approx((mean - total / count) / (mean - clean), abs=1e-4)
+    assert list(evaluate(sae, tiny_llama, split, losses, with_prefix0=False)["loss_recovered"]) == ["full"]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100])
 def test_metrics_do_not_depend_on_the_batch_size(tiny_llama, split, losses, sae, found, rows):
-    other = evaluate(sae, with_rows(tiny_llama, rows), split, *losses)
+    other = evaluate(sae, with_rows(tiny_llama, rows), split, losses)
     for key in ("L0", "L0_ema", "fvu", "loss_recovered"):
         assert other[key] == pytest.approx(found[key], rel=1e-3, abs=1e-4), key
     assert (other["dead"], other["tokens_tested"]) == (found["dead"], found["tokens_tested"])
@@ -199,7 +226,7 @@ def test_metrics_do_not_depend_on_the_input_scale(tiny_llama, split, residuals, 
     assert float((f > 0).sum()) / len(z) == pytest.approx(found["L0"]["total"], abs=3 / len(z))
     fvu = (z - unit.decode(f)).double().square().sum() / (z - z.double().mean(0)).square().sum()
     assert float(fvu) == pytest.approx(found["fvu"]["full"], rel=1e-3)
-    again = evaluate(unit.folded(scale), tiny_llama, split, 1.0, 2.0)
+    again = evaluate(unit.folded(scale), tiny_llama, split, Losses(1.0, 2.0, 3.0))
     assert again["fvu"] == pytest.approx(found["fvu"], rel=1e-3) and again["ce_loss"] == pytest.approx(found["ce_loss"], rel=1e-4)
     assert again["L0"] == pytest.approx(found["L0"], abs=3 / len(z))
 
@@ -262,8 +289,8 @@ def test_what_sae_share_changes_nothing(tiny_llama, split, monkeypatch):
     unbound = calibrate_threshold(sae, tiny_llama, split, 4, 1)
     assert calibrate_threshold(other, tiny_llama, split, 4, 1, calibration_residuals(tiny_llama, split)) is unbound
     assert float(sae.threshold) == float(other.threshold)
-    lowered = lower_all(tiny_llama, split)
-    assert evaluate(sae, tiny_llama, split, 4.0, 8.0, True, lowered) == evaluate(sae, tiny_llama, split, 4.0, 8.0)
+    lowered, losses = lower_all(tiny_llama, split), Losses(4.0, 8.0, 7.0)
+    assert evaluate(sae, tiny_llama, split, losses, True, lowered) == evaluate(sae, tiny_llama, split, losses)
     monkeypatch.setattr(evaluation, "SHARED_BYTES", split["tokens"].size * tiny_llama.d_model * 4 - 1)
     assert lower_all(tiny_llama, split) is None
 

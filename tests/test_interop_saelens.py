@@ -10,6 +10,7 @@ from tiny_sae import CORE, D_SAE, KINDS, PREFIXES, K, random, residuals, write_r
 from torch import Tensor
 
 from dmsae_lib import artifacts
+from dmsae_lib.activations import Losses
 from dmsae_lib.artifacts import UserError
 from dmsae_lib.attribution import attribute
 from dmsae_lib.core import distil
@@ -156,7 +157,7 @@ def test_a_round_trip_gives_the_same_sae(exported, tiny_llama, random_split):
     for j in range(3):
         torch.testing.assert_close(source.decode_prefix(f, j), trained.decode_prefix(f, j), rtol=1e-5, atol=1e-5)
     split = random_split(40)
-    of_theirs, of_ours = (evaluate(sae, tiny_llama, split, clean_loss=3.0, zero_loss=6.0) for sae in (foreign, ours))
+    of_theirs, of_ours = (evaluate(sae, tiny_llama, split, Losses(3.0, 6.0, 5.0)) for sae in (foreign, ours))
     assert of_theirs["L0"]["total"] == pytest.approx(of_ours["L0"]["total"], rel=1e-4) and of_theirs["L0"]["core"] == 0
     assert of_theirs["dead"] == of_ours["dead"] and of_theirs["core_frequency"] is None
     assert list(of_theirs["fvu"].values()) == pytest.approx(list(of_ours["fvu"].values()), rel=1e-4)
@@ -237,7 +238,7 @@ def test_other_architectures_can_be_compared_with(tiny_llama, tmp_path, random_s
     build(architecture, weights, known_to(tiny_llama), **({"k": 5} if architecture == "topk" else {})).save_model(tmp_path)
     foreign, theirs = load_foreign(tmp_path, tiny_llama), theirs_from(tmp_path)
     split = random_split(24)
-    found = evaluate(foreign, tiny_llama, split, clean_loss=3.0, zero_loss=6.0)
+    found = evaluate(foreign, tiny_llama, split, Losses(3.0, 6.0, 5.0))
     tokens, lengths = torch.from_numpy(split["tokens"]).long(), torch.from_numpy(split["lengths"])
     usable = (torch.arange(16) < lengths[:, None]) & (tokens != 0)
     x = tiny_llama.lower(tokens)[usable]

@@ -75,7 +75,7 @@ def test_a_chain_has_cycles_of_its_own_that_share_the_harvest():
 
 
 def test_every_notebook_has_the_parameters_that_its_stages_give():
-    config = RunConfig.model_validate(TOY | {"name": "toy", "distill": {"cycles": 1, "chains": [{"name": "other"}]}})
+    config = RunConfig.model_validate(TOY | {"name": "toy", "distill": {"cycles": 1, "chains": [{"name": "other", "seed": 1, "retrain": ["distilled"]}]}})
     for stage in stages(config):
         notebook = nbformat.read(ROOT / "notebooks" / f"{stage.notebook}.ipynb", as_version=4)
         given = {"config": "toy", "run": "toy"} | {name: str(value) for name, value in stage.parameters.items()}
@@ -94,7 +94,7 @@ CHANGES = {
     "seed=1": [*CYCLES, "learning_rate", *END],
     "training.lr=0.002": [*CYCLES, "learning_rate", *END],
     "sae.prefixes=[8,16]": [*CYCLES, "learning_rate", *END],
-    "distill.coverage=0.8": [*CYCLES[1:], *END],
+    "distill.coverage=0.8": [*CYCLES[1:], "learning_rate", *END],
     "distill.final_core=all_of_last": END,
     "distill.cycles=2": ["cycle_2_train", "cycle_2_attribute", "cycle_2_distill", *END],
     "retrain.seeds=[0,1]": END,

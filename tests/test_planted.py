@@ -15,6 +15,7 @@ from dmsae_lib.attribution import attribute
 from dmsae_lib.core import Core, candidate_pool, control_core, distil, reading_members
 from dmsae_lib.evaluation import calibrate_threshold
 from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.seeds import generator
 from dmsae_lib.settings import DataConfig, TrainingConfig
 from dmsae_lib.training import Trainer, train_saes
 
@@ -83,7 +84,7 @@ def chain(one_thread, tmp_path_factory):
     for cycle in range(3):
         previous = found[-1][2] if found else None
         sae = MatryoshkaSAE(FEATURES, D_SAE, PREFIXES, previous.rows if previous else None)
-        sae.initialise(cycle, x[:BATCH] / scale)
+        sae.initialise(generator(cycle, "init", "free"), x[:BATCH] / scale)
         trainer = Trainer(sae, TrainingConfig(k=K, batch_size=BATCH, lr=5e-3), STEPS)
 
         def batches(cursor, cycle=cycle):
@@ -137,6 +138,6 @@ def test_random_cores_of_equal_size_do_not_hold_them(chain):
     held = []
     for kind in ("random", "random_directions"):
         for seed in range(10):
-            rows, _ = control_core(kind, last, pool, seed)
+            rows, _ = control_core(kind, last, pool, last.rows, torch.Generator().manual_seed(seed))
             held.append(float((best_cosines(rows, causal) > 0.9).float().mean()))
     assert max(held) < 1 and sum(held) / len(held) < 0.5

@@ -88,14 +88,14 @@ def test_w_enc_holds_the_core_first():
 def test_initialisation(core):
     sae, batch = make_sae(core), random(200, D_IN, seed=8) + 1.0
     rows = sae.core_rows.clone()
-    sae.initialise(3, batch)
+    sae.initialise(torch.Generator().manual_seed(3), batch)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(D_SAE), atol=1e-6)
     assert torch.equal(sae.free_rows, sae.W_dec[core:])
     assert torch.equal(sae.core_rows, rows)  # copied from the previous cycle, never initialised
     assert not sae.b_enc.any()  # the core's b_enc too
     assert torch.equal(sae.b_dec, geometric_median(batch))
     again, other = make_sae(core), make_sae(core)
-    again.initialise(3, batch), other.initialise(4, batch)
+    again.initialise(torch.Generator().manual_seed(3), batch), other.initialise(torch.Generator().manual_seed(4), batch)
     assert torch.equal(again.W_dec, sae.W_dec) and not torch.allclose(other.W_dec, sae.W_dec)
     if core:  # fresh decoder directions, not the frozen encoder rows
         assert float(torch.cosine_similarity(sae.W_dec[:core], rows).abs().max()) < 0.99
@@ -125,8 +125,8 @@ def test_core_decoder_rows_start_random_or_at_the_encoder_rows():
     """Either way the free latents and b_dec are the same, so arms stay paired by seed."""
     first = random(50, D_IN, seed=3)
     drawn, copied = make_sae(), make_sae()
-    drawn.initialise(5, first)
-    copied.initialise(5, first, "encoder")
+    drawn.initialise(torch.Generator().manual_seed(5), first)
+    copied.initialise(torch.Generator().manual_seed(5), first, "encoder")
     unit = copied.core_rows / copied.core_rows.norm(dim=1, keepdim=True)
     assert torch.allclose(copied.W_dec[:CORE], unit, atol=1e-6) and float((drawn.W_dec[:CORE] * unit).sum(1).abs().max()) < 0.9
     assert torch.equal(drawn.W_dec[CORE:], copied.W_dec[CORE:]) and torch.equal(drawn.free_rows, copied.free_rows)
@@ -188,3 +188,26 @@ def test_too_large_a_core_is_refused(core, d_sae, prefixes):
     with pytest.raises(UserError, match=rf"sae.d_sae is {d_sae}: a core of {core} .*raise sae.d_sae, or lower"):
         MatryoshkaSAE(D_IN, d_sae, prefixes, random(core, D_IN) if core else None)
     assert MatryoshkaSAE(D_IN, 41, (6, 17), random(23, D_IN)).prefixes == (6, 17, 18)
+
+
+def test_a_warm_start_is_free_from_the_rows_on():
+    """Encoder rows as given, decoder rows as a core's, in the first free latents; all of it is trained."""
+    rows = 2 * random(5, D_IN, seed=9)
+    warm = MatryoshkaSAE(D_IN, D_SAE, [5 + m for m in PREFIXES], core_sparsity="batchtopk")
+    warm.initialise(torch.Generator().manual_seed(5), random(50, D_IN, seed=3), "encoder", rows)
+    assert warm.n_core == 0 and torch.equal(warm.free_rows[:5], rows)
+    assert torch.allclose(warm.W_dec[:5], torch.nn.functional.normalize(rows, dim=1))
+    assert torch.equal(warm.free_rows[5:], warm.W_dec[5:]) and warm.free_rows.requires_grad
+    frozen = MatryoshkaSAE(D_IN, D_SAE, PREFIXES, rows, "batchtopk")
+    frozen.initialise(torch.Generator().manual_seed(5), random(50, D_IN, seed=3), "encoder")
+    assert torch.equal(frozen.W_enc, warm.W_enc) and torch.equal(frozen.W_dec, warm.W_dec)  # the same SAE, but for what is frozen
+    assert frozen.prefixes[0] + frozen.n_core == warm.prefixes[0]
+
+
+def test_the_first_latents_alone(make=make_sae):
+    """Encoding the first ones is encoding all and keeping those, for one threshold and for one of each latent."""
+    x = random(30, D_IN, seed=4)
+    for sae in (make(), make(0)):
+        for threshold in (torch.tensor(0.3, dtype=torch.float64), torch.linspace(0, 1, D_SAE, dtype=torch.float64)):
+            sae.threshold = threshold
+            torch.testing.assert_close(sae.encode(x, first=CORE + 3), sae.encode(x)[:, : CORE + 3], rtol=1e-6, atol=1e-6)

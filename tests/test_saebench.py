@@ -3,6 +3,7 @@
 import json
 import random
 import socket
+import sys
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_models import BOS, save_model
 
 from dmsae_lib import saebench, saebench_core, saebench_probing
 from dmsae_lib.artifacts import Artifact, UserError, load, write
+from dmsae_lib.corpus import PROBING_SETS, wheel_sets
 from dmsae_lib.language_model import LanguageModel, usable_positions
 from dmsae_lib.sae import MatryoshkaSAE, save_sae
 from dmsae_lib.saebench import Task
@@ -19,8 +21,8 @@ from dmsae_lib.saebench_adapter import cache_name, undisturbed
 from dmsae_lib.settings import ModelConfig, RetrainConfig, SaebenchConfig, SuiteConfig
 from dmsae_lib.workers import Workers
 
-SETS = ["145_disease_class_digestive system diseases", "105_click_bait"]  # 1052 and 2568 texts
-SHORT = "114_nyc_borough_Manhattan"  # 2000 texts, some of them longer than a context
+SETS = ["145_disease_class_digestive system diseases", "105_click_bait"]  # 868 and 1556 texts
+SHORT = "114_nyc_borough_Manhattan"  # 1810 texts, some of them longer than a context
 CONTEXT = 32
 
 
@@ -36,9 +38,7 @@ plain_residuals = saebench_probing._last_token_residuals  # whatever a test puts
 
 
 def plain_activations(model: LanguageModel, name: str) -> np.ndarray:
-    from sae_probes.utils_data import read_numbered_dataset_df
-
-    return plain_residuals(model, read_numbered_dataset_df(name)["prompt"].tolist()).numpy()
+    return plain_residuals(model, saebench_probing.unique_rows(name)["prompt"].tolist()).numpy()
 
 
 def load_model(folder, layer: int) -> LanguageModel:
@@ -88,7 +88,7 @@ def core_sae(model: LanguageModel, seed: int = 0) -> MatryoshkaSAE:
     core = torch.nn.functional.normalize(torch.randn(4, model.d_model, generator=generator), dim=1)
     x = model.lower(torch.randint(3, 300, (4, CONTEXT), generator=generator)).flatten(0, 1)
     sae = MatryoshkaSAE(model.d_model, 64, (8, 16), core).requires_grad_(False)
-    sae.initialise(seed, x)
+    sae.initialise(torch.Generator().manual_seed(seed), x)
     sae.threshold.fill_(float(sae.pre_activations(x).quantile(0.8)))
     return sae
 
@@ -176,19 +176,19 @@ def test_the_process_is_left_as_it_was(llama, tmp_path, planted):
         assert state() == before and torch.is_grad_enabled()
     finally:
         torch.set_num_threads(threads)
-    assert [path.name for path in tmp_path.iterdir()] == [f"model_activations_{cache_name(llama)}"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"model_activations_{saebench_probing.probing_cache(llama)}"]
 
 
 @pytest.fixture
 def planted(monkeypatch, llama) -> torch.Tensor:
     """Activations that hold the label on one direction and on channel 3, noise elsewhere. Returns the direction."""
-    from sae_probes.utils_data import get_yvals, read_numbered_dataset_df
-
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(llama.d_model, generator=generator)
     direction[3] = 0
     direction /= direction.norm()
-    labels = {tuple(read_numbered_dataset_df(name)["prompt"]): torch.tensor(get_yvals(name)) for name in SETS}
+    tables = {name: saebench_probing.unique_rows(name) for name in SETS}
+    labels = {tuple(rows["prompt"]): torch.tensor((rows["target"] == rows["target"].max()).to_numpy())
+              for rows in tables.values()}  # fmt: skip
 
     def residuals(model, texts):
         y = labels[tuple(texts)][:, None].float()
@@ -231,7 +231,7 @@ def test_probing_finds_a_planted_latent_and_nothing_where_there_is_nothing(llama
                 average = np.mean([scores["sets"][name][k][metric] for name in SETS])
                 assert scores["mean"][k][metric] == pytest.approx(average)
     assert found["planted"]["mean"]["1"]["accuracy"] > 0.99
-    assert abs(found["blind"]["sets"][SETS[1]]["1"]["auc"] - 0.5) < 0.06  # 1543 test texts: standard error 0.015
+    assert abs(found["blind"]["sets"][SETS[1]]["1"]["auc"] - 0.5) < 0.06  # 531 test texts: standard error 0.025
     other = saebench_probing.run_probing(blinded, llama, SETS, [1, 5], tmp_path, seed=1)
     assert other != found["blind"]  # an old result of the same name is not taken up
 
@@ -306,7 +306,7 @@ def test_baselines(llama, tmp_path, planted):
 
     found = saebench_probing.probing_baselines(Workers(llama), SETS, tmp_path, seed=0)
     bait = found[SETS[1]]
-    assert (bait["n_train"], bait["n_test"], bait["channel"]) == (1024, 1543, 3)
+    assert (bait["n_train"], bait["n_test"], bait["channel"]) == (1024, 531, 3)
     assert bait["dense"]["accuracy"] > 0.99 > bait["best_channel"]["accuracy"] > 0.9
     assert bait["majority"] == pytest.approx(0.5, abs=0.001)
     mean, dense = saebench_probing.mean_baselines(found, SETS), found[SETS[0]]["dense"]["accuracy"]
@@ -316,22 +316,27 @@ def test_baselines(llama, tmp_path, planted):
     assert saebench_probing.suitable(found, 0.9) == (SETS[1],)
     found[SETS[0]]["dense"]["accuracy"] = 0.9
     assert saebench_probing.suitable(found, 0.9) == tuple(SETS)
-    run_baseline_evals(model_name=cache_name(llama), hook_name=llama.hook_name, setting="normal", method="logreg",
-                       results_path=tmp_path / "theirs", model_cache_path=tmp_path, datasets=SETS[:1], device="cpu", seed=0)
+    with saebench_probing._each_text_once(SETS[:1]):
+        run_baseline_evals(model_name=saebench_probing.probing_cache(llama), hook_name=llama.hook_name, setting="normal",
+                           method="logreg", results_path=tmp_path / "theirs", model_cache_path=tmp_path, datasets=SETS[:1],
+                           device="cpu", seed=0)  # fmt: skip
     (file,) = (tmp_path / "theirs").rglob("*.json")
     assert json.loads(file.read_text())[0]["test_acc"] == dense
 
 
 def test_activations_are_those_of_sae_probes_and_of_this_model_alone(model, llama, tmp_path):
     from sae_probes.generate_model_activations import ensure_dataset_activations
+    from sae_probes.utils_data import read_numbered_dataset_df
 
     ours = saebench_probing.prepare_probing(Workers(model), [SHORT], tmp_path)
     file = f"{SHORT}_{model.hook_name}.pt"
     made = ours.path(file).stat().st_mtime_ns
     ensure_dataset_activations("theirs", [SHORT], [model.hook_name], tmp_path, "cpu", CONTEXT, model=model.bridge)
-    theirs = torch.load(tmp_path / "model_activations_theirs" / file)
+    row = {text: i for i, text in enumerate(read_numbered_dataset_df(SHORT)["prompt"])}  # they make those of all rows
+    rows = [row[text] for text in saebench_probing.unique_rows(SHORT)["prompt"]]
+    theirs = torch.load(tmp_path / "model_activations_theirs" / file)[rows]
     x = torch.load(ours.path(file))
-    assert x.shape == (2000, model.d_model) and (x - theirs).abs().max() < 1e-4 * x.std()
+    assert x.shape == (1810, model.d_model) and (x - theirs).abs().max() < 1e-4 * x.std()
     model.tokenizer.padding_side, model.tokenizer.truncation_side = "right", "right"  # sae_probes set them
     assert saebench_probing.prepare_probing(Workers(model), [SHORT], tmp_path).path(file).stat().st_mtime_ns == made
 
@@ -339,6 +344,70 @@ def test_activations_are_those_of_sae_probes_and_of_this_model_alone(model, llam
     other = saebench_probing.prepare_probing(Workers(retrained), [SHORT], tmp_path)
     assert other.folder != ours.folder and (torch.load(other.path(file)) - x).abs().max() > x.std()
     assert other.parents == {"model": retrained.hash}
+
+
+def test_rows_are_each_text_once_with_one_label_and_balanced(monkeypatch):
+    import pandas as pd
+    from sae_probes import utils_data
+
+    rows = [("A cat.", "x"), ("a  CAT", "x"), ("a dog", "y"), ("both", "x"), ("both", "y"), ("Mixed!", "y"), ("mixed", "x"),
+            ("!", "x"), ("?", "x"), ("a dog", "y"), *((f"more {i}", "y") for i in range(50))]  # fmt: skip
+    monkeypatch.setattr(utils_data, "read_numbered_dataset_df", lambda name: pd.DataFrame(rows, columns=["prompt", "target"]))
+    found = [tuple(row) for row in saebench_probing.unique_rows("made up").to_numpy()]
+    assert [row for row in found if row[1] == "x"] == [("A cat.", "x"), ("!", "x"), ("?", "x")]
+    assert [target for _, target in found].count("y") == 3  # of 51
+    assert found == [row for row in dict.fromkeys(rows) if row in found]  # in the order of the set
+
+
+def leaks(texts: list[str], draw: tuple[np.ndarray, np.ndarray]) -> float:
+    """The share of a draw's test rows whose text is in its training rows."""
+    train, test = draw
+    known = {texts[i] for i in train}
+    return float(np.mean([texts[i] in known for i in test]))
+
+
+def test_no_text_that_a_probe_is_tested_on_was_in_its_training_set(llama, tmp_path, monkeypatch):
+    import pandas as pd
+    from sae_probes import run_sae_evals, utils_data, utils_training
+
+    draw, read, sizes = utils_data.get_train_test_indices, utils_data.read_numbered_dataset_df, dict(utils_data.get_dataset_sizes())
+    tables = {name: pd.read_csv(wheel_sets()[name], usecols=["prompt", "target"]) for name in PROBING_SETS}
+    before, given, drawn = [], [], []
+    for name, table in tables.items():
+        n, y = len(table), utils_data.get_yvals(name)
+        before.append(leaks(table["prompt"].tolist(), draw(y, min(n - 100, 1024), n - 1 - min(n - 100, 1024), seed=0)))
+    assert 0.14 < np.mean(before) < 0.15 and max(before) > 0.35  # what sae_probes does as it comes
+
+    def residuals(model, texts):
+        given.append(texts)
+        return torch.randn(len(texts), model.d_model, generator=torch.Generator().manual_seed(0))
+
+    def spy(y, *arguments, **options):
+        drawn.append((y, draw(y, *arguments, **options)))
+        return drawn[-1][1]
+
+    def fit(*_, **__):
+        return utils_training.BestClassifierResults(utils_training.Metrics(0.5, 0.5, 0.5, 0.5), None, None)
+
+    monkeypatch.setattr(saebench_probing, "_last_token_residuals", residuals)
+    monkeypatch.setattr(utils_data, "get_train_test_indices", spy)
+    monkeypatch.setattr(utils_training, "find_best_reg", fit)
+    monkeypatch.setattr(sys.modules[run_sae_evals.__module__], "find_best_reg", fit)
+    with write(tmp_path / f"model_activations_{cache_name(llama)}", "probing_activations", {"model": llama.hash}) as writer:
+        for name, table in tables.items():  # what an earlier release left there
+            torch.save(torch.zeros(len(table), llama.d_model), writer.path(f"{name}_{llama.hook_name}.pt"))
+    baselines = saebench_probing.probing_baselines(Workers(llama), PROBING_SETS, tmp_path, seed=0)
+    saebench_probing.run_probing(probe_sae(llama.d_model, None), llama, PROBING_SETS, [1], tmp_path, seed=0)
+    assert len(given) == len(PROBING_SETS) and len(drawn) == 2 * len(PROBING_SETS)  # made once, drawn by both
+    for (name, table), texts, (y, (train, test)), (again, same) in zip(tables.items(), given, drawn, drawn[len(given):]):
+        assert leaks(texts, (train, test)) == 0 and len({text.casefold() for text in texts}) == len(texts) == len(y)
+        assert np.array_equal(y, again) and all(map(np.array_equal, (train, test), same))
+        labels = table.groupby("prompt")["target"].unique()
+        assert all(list(labels[text]) == [sorted(table["target"].unique())[label]] for text, label in zip(texts, y))
+        assert (y == 0).sum() == (y == 1).sum() and len(train) == min(len(texts) - 100, 1024)
+        assert len(train) + len(test) == len(texts) - 1 and not set(train) & set(test)
+        assert (baselines[name]["n_train"], baselines[name]["n_test"]) == (len(train), len(test))
+    assert utils_data.read_numbered_dataset_df is read and utils_data.get_dataset_sizes() == sizes  # left as it was
 
 
 def test_what_sae_bench_leaves_out_is_an_error(llama, tmp_path, planted, monkeypatch):

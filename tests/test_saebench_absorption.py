@@ -162,7 +162,7 @@ def test_the_numbers_are_those_of_sae_bench_itself(model, cache, tmp_path, monke
 
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # its run_eval unpickles its probes; ours does not
     sae = MatryoshkaSAE(WIDTH, 96, (16,))
-    sae.initialise(0, torch.zeros(4, WIDTH))
+    sae.initialise(torch.Generator().manual_seed(0), torch.zeros(4, WIDTH))
     sae.requires_grad_(False).threshold.fill_(1.0)
     ours = absorption.run_absorption(sae, model, cache, SEED)
     assert ours["metrics"]["mean_full_absorption_score"] > 0.01 and ours["metrics"]["mean_num_split_features"] > 1

@@ -10,7 +10,7 @@ from tiny_models import save_model
 from dmsae_lib import saebench_texts, saebench_tpp
 from dmsae_lib.artifacts import UserError
 from dmsae_lib.config import load_config
-from dmsae_lib.corpus import PROBING_SETS, wheel_sets
+from dmsae_lib.corpus import PROBING_SETS, beginning, wheel_sets
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.saebench_adapter import Adapter, undisturbed
@@ -196,7 +196,7 @@ def dense_sae(model: LanguageModel) -> MatryoshkaSAE:
     """Random latents with biases, about half of them active on any text, and on the zero vector."""
     generator = torch.Generator().manual_seed(0)
     sae = MatryoshkaSAE(WIDTH, 24, (8,)).requires_grad_(False)
-    sae.initialise(0, torch.randn(64, WIDTH, generator=generator))
+    sae.initialise(torch.Generator().manual_seed(0), torch.randn(64, WIDTH, generator=generator))
     sae.b_dec.copy_(torch.randn(WIDTH, generator=generator))
     return sae
 
@@ -274,6 +274,8 @@ def test_tpp_texts(name):
     texts = saebench_texts.tpp_texts(name, seed=0)
     flat = [text for classes in texts.values() for found in classes.values() for text in found]
     assert len(flat) == len(set(flat)) and all(text.strip() for text in flat)  # no text twice, in no two classes or splits
+    starts = {split: {beginning(text) for found in classes.values() for text in found} for split, classes in texts.items()}
+    assert not starts["train"] & starts["test"]  # nor a near-duplicate
     sizes = {split: {len(found) for found in classes.values()} for split, classes in texts.items()}
     assert sizes == {"train": {600}, "test": {300}} and 4 <= len(texts["train"]) <= 5
     assert saebench_texts.tpp_texts(name, seed=0) == texts
@@ -290,7 +292,7 @@ def test_scr_texts(name):
         texts, again, other = (saebench_texts.scr_texts(name, seed) for seed in (0, 0, 1))
     assert texts == again and set(texts["train"][BIASED]) != set(other["train"][BIASED])
     train, test = ({text for found in half.values() for text in found} for half in texts.values())
-    assert not train & test
+    assert not train & test and not set(map(beginning, train)) & set(map(beginning, test))
     for half in texts.values():
         male, female = set(half["male / female"]), set(half["female_data_only"])
         professor, nurse = set(half["professor / nurse"]), set(half["nurse_data_only"])

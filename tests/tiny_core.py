@@ -42,7 +42,7 @@ def build_run(root: Path, model: LanguageModel, **training: str) -> Run:
 def write_cycle(run: Run, t: int, d_in: int, core, before: dict) -> dict:
     """SAE, attribution and core of cycle ``t``; returns the core and, for the next cycle, its hash."""
     sae = MatryoshkaSAE(d_in, D_SAE, PREFIXES, None if core is None else core.rows)
-    sae.initialise(t, random(50, d_in))
+    sae.initialise(torch.Generator().manual_seed(t), random(50, d_in))
     with write(run.cycle(t, "sae"), "sae", {"harvest": load(run.folder / "harvest", "harvest").hash} | before) as writer:
         save_sae(writer, sae, SCALE)
     n = sae.n_core + PREFIXES[0]

@@ -29,7 +29,7 @@ def make_sae(d_in: int, x: Tensor, core: int = CORE, core_sparsity: str = "relu"
     ``x``, which is normalised."""
     rows = torch.nn.functional.normalize(random(core, d_in, seed=1), dim=1) if core else None
     sae = MatryoshkaSAE(d_in, D_SAE, PREFIXES, rows, core_sparsity).requires_grad_(False)
-    sae.initialise(0, x)
+    sae.initialise(torch.Generator().manual_seed(0), x)
     for seed, parameter in enumerate(sae.parameters(), start=2):
         parameter += 0.1 * random(*parameter.shape, seed=seed)
     sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_dec, dim=1))

@@ -25,7 +25,7 @@ def make_sae(core: int = CORE, core_sparsity: str = "relu", prefixes: tuple = PR
     """Initialised and then perturbed, so that encoder and decoder, and all biases, differ."""
     rows = torch.nn.functional.normalize(random(core, D_IN, seed=1), dim=1) if core else None
     sae = MatryoshkaSAE(D_IN, D_SAE, prefixes, rows, core_sparsity)
-    sae.initialise(0, batch(99))
+    sae.initialise(torch.Generator().manual_seed(0), batch(99))
     with torch.no_grad():
         for seed, parameter in enumerate(sae.parameters(), start=2):
             parameter += 0.2 / math.sqrt(D_IN) * random(*parameter.shape, seed=seed)
