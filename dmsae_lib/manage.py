@@ -134,8 +134,8 @@ def publish(run: Run, name: str = "") -> None:
         shutil.copytree(load(run.folder / "summary", "summary").folder, results, dirs_exist_ok=True)
         export_core(run, results / "core")
         (results / "notebooks").mkdir()
-        for stage in (name for name, state in made.items() if state == "present"):
-            shutil.copy(run.folder / "notebooks" / f"{stage}.ipynb", results / "notebooks")
+        for stage in (name for name, state in made.items() if state == "present" and not name.startswith("chain_")):
+            shutil.copy(run.folder / "notebooks" / f"{stage}.ipynb", results / "notebooks")  # other chains' look the same
         draw_all(results, figures)
     if name in ("default", "extended") and (run.root / "results" / "default").is_dir():
         update_readme(run.root)

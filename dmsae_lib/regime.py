@@ -13,16 +13,17 @@ Row = dict[str, Any]
 FREQUENCY = 0.3  # median share of tokens on which a chosen candidate fires
 SPARSITY = 0.25  # k / d_in; the paper has .14
 RARE_LATENTS = 1 / 3  # share of latents that fire on fewer than 1 in 1000 tokens
-FLAT = 0.05  # by what share FVU may still fall over the last quarter of the steps before the rate decays
+FLAT = 0.10  # by what share FVU may still fall from one quarter of the steps before the rate decays to the next
 
 
 def still_falling(history: list[dict[str, str]], decay: float) -> float:
-    """By what share the FVU of the training batches falls from the second last to the last eighth of the steps before the decay.
+    """By what share the FVU of the training batches falls from the third to the last quarter of the steps before the decay.
 
-    ``history`` is that of a training; batches are noisy, so each end is the mean over an eighth.
+    ``history`` is that of a training; batches are noisy, so each end is the mean over a quarter.
     """
-    before = [float(row["fvu"]) for row in history if int(float(row["step"])) <= (1 - decay) * int(float(history[-1]["step"]))]
-    n = max(1, len(before) // 8)
+    begins = (1 - decay) * float(history[-1]["step"])
+    before = [float(row["fvu"]) for row in history if float(row["step"]) <= begins] or [float(history[0]["fvu"])]
+    n = max(1, len(before) // 4)
     early, late = fmean(before[-2 * n : -n] or before[-1:]), fmean(before[-n:])
     return 1 - late / early
 
