@@ -68,12 +68,12 @@ class AttributionTable:
 
 def attribute(model: LanguageModel, sae: MatryoshkaSAE, split: dict[str, np.ndarray], quantile: float = 0.99,
               aggregator: str = "mean_abs") -> AttributionTable:
-    """Aggregate A over the usable tokens of ``split``; ``sae`` is folded (unnormalised activations).
+    """Aggregate A over the usable tokens of ``split``; ``sae`` is folded (unnormalised activations), and moved to the model.
 
     mean_abs is mean_t |A|, abs_mean is |mean_t A|, frequency the share of tokens where the latent is active, and
     quantile the ``quantile`` of |A| over those tokens. The halves hold ``aggregator``'s score on even and odd contexts.
     """
-    n = sae.n_core + sae.prefixes[0]
+    sae, n = sae.to(model.device), sae.n_core + sae.prefixes[0]
     sums = [_Sums(n), _Sums(n)]
     for half in (0, 1):
         contexts = {name: array[half::2] for name, array in split.items()}

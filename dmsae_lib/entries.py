@@ -31,8 +31,9 @@ class SparseEntries:
         """``bounds``: the segments' edges, 0 first and the number of latents last."""
         self.kept, self.n_latents, self.n_segments = kept, bounds[-1], len(bounds) - 1
         self.shape = (batch_size, self.n_segments, -1)
-        edges = torch.tensor(bounds[1:], device=kept.latent.device)
-        self.bag = kept.row * self.n_segments + torch.bucketize(kept.latent, edges, right=True)  # ascending
+        # Counted edge by edge: a tensor of edges would have to be copied to the device in every step.
+        segment = sum(((kept.latent >= edge).long() for edge in bounds[1:-1]), torch.zeros_like(kept.latent))
+        self.bag = kept.row * self.n_segments + segment  # ascending
         bags = torch.arange(batch_size * self.n_segments, device=self.bag.device)
         self.bag_starts = torch.searchsorted(self.bag, bags)
         by_latent, self.order = kept.latent.int().sort(stable=True)
@@ -105,6 +106,6 @@ def entries(kept: Kept, batch_size: int, bounds: Sequence[int], k: int, bf16: bo
     """The faster of the two for ``k`` active entries a token, by ``SPARSE_BELOW``."""
     if k < SPARSE_BELOW[kept.value.device.type] * bounds[-1]:
         return SparseEntries(kept, batch_size, bounds)
-    f = kept.value.new_zeros(batch_size, bounds[-1])
-    f[kept.row, kept.latent] = kept.value
+    # The list may name a pair twice, of which one has the value 0 (see gradients._select): whichever were written last would stay.
+    f = kept.value.new_zeros(batch_size, bounds[-1]).index_put_((kept.row, kept.latent), kept.value, accumulate=True)
     return DenseEntries(f, bounds, bf16)

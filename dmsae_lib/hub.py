@@ -164,15 +164,15 @@ def _measured(core: PortableCore, results: Path | None) -> str:
     if (made_from, last, reading) != (core.record["parents"]["core"], distilled["cycle"], distilled["reading"]):
         raise UserError(f"The SAEs in {results} were not trained with this core: give the results of its own run, or none.")
     lines = ["SAEs trained without a core and with this one, means over seeds, on held-out text (*unbound*: the core alone exceeds "
-             "k):", "", "| k | core | seeds | core L0 | total L0 | FVU | loss recovered |", "|--:|:--|--:|--:|--:|--:|--:|"]
-    rows = [row for row in summary["retrain"] if row["core"] in ("none", "distilled")]
+             "k):", "", "| k | core | seeds | core L0 | total L0 | FVU | loss increase (nats) |", "|--:|:--|--:|--:|--:|--:|--:|"]
+    rows = [row for row in summary["retrain"] if row["chain"] == "main" and row["core"] in ("none", "distilled")]
     for k, arm in dict.fromkeys((row["k"], row["core"]) for row in rows):
         here = [row for row in rows if (row["k"], row["core"]) == (k, arm)]
         core_l0, total = (mean(row["L0"][part] for row in here) for part in ("core", "total"))
-        fvu, recovered = (mean(row[name] for row in here) for name in ("fvu", "loss_recovered"))
+        fvu, increase = (mean(row[name] for row in here) for name in ("fvu", "loss_increase"))
         name = f"{arm} (unbound)" if any(row["unbound"] for row in here) else arm
-        lines.append(f"| {k} | {name} | {len(here)} | {core_l0:.1f} | {total:.1f} | {fvu:.4f} | {recovered:.4f} |")
-    lines += ["", "The paper's claims, judged on this run by code (95 % paired intervals over seeds):", "",
+        lines.append(f"| {k} | {name} | {len(here)} | {core_l0:.1f} | {total:.1f} | {fvu:.4f} | {increase:.4f} |")
+    lines += ["", "The paper's claims, judged on this run by code:", "",
               "| claim | verdict | numbers |", "|:--|:--|:--|"]
     lines += [f"| {name}: {row['claim']} | **{row['verdict']}** | {row['detail']} |" for name, row in summary["claims"].items()]
     return "\n".join(lines)

@@ -102,7 +102,7 @@ def compare(run: Run) -> int:
         lines.append((row["metric"], *(_number(row[name]) for name in columns[1:]), "" if row["ok"] else "<- differs"))
     print(table(lines))
     if unasked := sorted(results.optional_evals(ours) ^ results.optional_evals(theirs)):
-        print(f"Not compared, because `make saebench` ran for one of the two alone: {', '.join(unasked)}, and claim C3.")
+        print(f"Not compared, because `make saebench` ran for one of the two alone: {', '.join(unasked)}.")
     equal = sum(row["published"] == row["fresh"] for row in rows)
     print(f"{len(rows)} values against results/{run.config.name}: {equal} identical, "
           f"{len(rows) - equal - len(changed)} within tolerance, {len(changed)} beyond it.")  # fmt: skip

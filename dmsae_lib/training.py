@@ -195,9 +195,14 @@ def train_saes(trainers: Sequence[Trainer], batches: Batches, checkpoints: Seque
         if trainer.resume(folder, made_from):
             report(f"resumed at step {trainer.step}/{trainer.steps}")
     todo = [i for i, trainer in enumerate(trainers) if trainer.step < trainer.steps]
+
+    def ended_well(i: int) -> None:
+        trainers[i].check_finite()  # on a GPU nobody may have asked since the last checkpoint
+        finish(i)
+
     for i, trainer in enumerate(trainers):
         if trainer.step >= trainer.steps:
-            finish(i)
+            ended_well(i)
     if not todo:
         return
     behind = min((trainers[i] for i in todo), key=lambda trainer: trainer.step)
@@ -218,7 +223,7 @@ def train_saes(trainers: Sequence[Trainer], batches: Batches, checkpoints: Seque
                 trainers[i].save(checkpoints[i], parents[i])
             saved = time.perf_counter()
         for i in ended:
-            finish(i)
+            ended_well(i)
         todo = [i for i in todo if i not in ended]
         if not todo:
             return

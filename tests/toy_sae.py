@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dmsae_lib.reference import TRAINED
 from dmsae_lib.sae import MatryoshkaSAE
+from dmsae_lib.seeds import generator
 from dmsae_lib.settings import TrainingConfig
 
 D_IN, D_SAE, CORE, PREFIXES, BATCH, K = 16, 60, 7, (8, 21), 96, 9
@@ -25,7 +26,7 @@ def make_sae(core: int = CORE, core_sparsity: str = "relu", prefixes: tuple = PR
     """Initialised and then perturbed, so that encoder and decoder, and all biases, differ."""
     rows = torch.nn.functional.normalize(random(core, D_IN, seed=1), dim=1) if core else None
     sae = MatryoshkaSAE(D_IN, D_SAE, prefixes, rows, core_sparsity)
-    sae.initialise(torch.Generator().manual_seed(0), batch(99))
+    sae.initialise(generator(0, "init", "free"), batch(99))
     with torch.no_grad():
         for seed, parameter in enumerate(sae.parameters(), start=2):
             parameter += 0.2 / math.sqrt(D_IN) * random(*parameter.shape, seed=seed)
