@@ -3,32 +3,23 @@
 The unit of inference for anything about cores is the distillation chain: the main one, and every other that has its core settings
 and another seed. A chain's value is the mean over its retraining seeds. Claims are made of parts, one per cycle, k, control or
 metric, which :mod:`dmsae_lib.verdicts` decides; ``value``, ``interval`` and ``n`` of a claim are those of the part that its
-docstring names. The loss is the loss increase ce_sae - ce_clean in nats: lower is better.
-
-SAEs are compared at *measured* L0: each is set against the baseline without a core of the same chain and seed, interpolated
-linearly in log L0 between the k's it was trained at. A chain without a baseline of its own enters no comparison. Neither does an
-SAE that is ``unbound``: its core alone reaches k, so that its L0 cannot be brought to k.
+docstring names. SAEs are compared at measured L0 (:mod:`dmsae_lib.equal_l0`), in the loss increase ce_sae - ce_clean in nats:
+lower is better.
 """
 
-import math
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
+from dmsae_lib.equal_l0 import CHAIN, SEED, OfSAE, advantage, bound_ks, by_chain, over_control, paired, score
 from dmsae_lib.settings import CONTROLS, CoreSettings
 from dmsae_lib.verdicts import FAILS, HOLDS, decided, group_part, overall, part, pseudo_values
-from dmsae_lib.verdicts import t_interval as t_interval  # for the figures
 
 Row = dict[str, Any]
-OfSAE = dict[tuple[str, int], float]  # a number by (chain, training seed)
 
 SETTLED = 0.10  # C1: change of the core's size, up or down, that counts as none
 CLOSE = 0.02  # C3, C5: nats (for RAVEL: of its score) that count as no difference
-# Thresholds are calibrated to 1 % of k, on other text than L0 is measured on, so two SAEs of the same k can differ by 4 % in L0.
-# Within that margin the baseline's outermost segment is prolonged; beyond it there is nothing to compare with.
-L0_MARGIN = 0.04
-OF_SAE = ("loss_increase", "loss_recovered", "loss_recovered_mean", "fvu")
 AUDITED = "unreliable by arXiv 2605.18229"
-CHAIN, SEED = "distillation chain", "training seed (one distilled core)"
 # C3: label, metrics of which the first that was measured counts (SCR and TPP on sae_bench's own data before ours), the claimed side
 # of which bound, whether low k alone are meant, and whether it decides: what `make reproduce` always runs does.
 COMPARED = [
@@ -40,56 +31,6 @@ COMPARED = [
     (f"TPP, {AUDITED}", ("tpp_hub.tpp_threshold_20_total_metric", "tpp.tpp_threshold_20_total_metric"), "above", 0.0, True, False),
     ("RAVEL", ("ravel.disentanglement_score",), "below", CLOSE, False, False),
 ]
-
-
-def score(row: Row, metric: str) -> float | None:
-    """A loss or the FVU of a retrain row, or a SAEBench number of it; None where it was not measured."""
-    return row[metric] if metric in OF_SAE else (row["saebench"] or {}).get(metric)
-
-
-def baseline_at(rows: list[Row], chain: str, seed: int, l0: float, metric: str) -> float | None:
-    """The baseline's score at total L0 = ``l0``: same chain and seed, linear in log L0; None where it has no point near."""
-    points = sorted((math.log(r["L0"]["total"]), score(r, metric)) for r in rows
-                    if (r["chain"], r["core"], r["seed"]) == (chain, "none", seed) and score(r, metric) is not None)
-    x = math.log(l0)
-    if not points or not points[0][0] - L0_MARGIN <= x <= points[-1][0] + L0_MARGIN:
-        return None
-    if len(points) == 1:
-        return points[0][1]
-    right = next((i for i in range(1, len(points) - 1) if x <= points[i][0]), len(points) - 1)
-    (x0, y0), (x1, y1) = points[right - 1], points[right]
-    return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-
-
-def advantage(rows: list[Row], arm: str, k: int | None, metric: str) -> OfSAE:
-    """{(chain, seed): score of the arm's SAE minus the baseline's at its measured L0}; unbound SAEs are left out."""
-    gains = {}
-    for row in rows:
-        if row["core"] == arm and row["k"] == k and not row["unbound"] and score(row, metric) is not None:
-            base = baseline_at(rows, row["chain"], row["seed"], row["L0"]["total"], metric)
-            if base is not None:
-                gains[row["chain"], row["seed"]] = score(row, metric) - base
-    return gains
-
-
-def paired(a: OfSAE, b: OfSAE) -> OfSAE:
-    """a - b where both have a value."""
-    return {key: a[key] - b[key] for key in a if key in b}
-
-
-def over_control(rows: list[Row], control: str, k: int) -> OfSAE:
-    """Loss increase, distilled minus control, each against the baseline at its own measured L0."""
-    return paired(*(advantage(rows, arm, k, "loss_increase") for arm in ("distilled", control)))
-
-
-def by_chain(found: OfSAE) -> dict[str, float]:
-    """{chain: mean over its training seeds}."""
-    return {chain: fmean(v for (c, _), v in found.items() if c == chain) for chain in dict.fromkeys(c for c, _ in found)}
-
-
-def bound_ks(rows: list[Row]) -> list[int]:
-    """The k's at which at least one SAE with the distilled core could be calibrated to total L0 = k."""
-    return sorted({r["k"] for r in rows if r["core"] == "distilled" and not r["unbound"]})
 
 
 def judged_chains(summary: Row) -> dict[str, list[Row]]:
@@ -115,7 +56,7 @@ def _claim(claim: str, parts: list[Row], headline: Row | None, varied: str, deta
             "n": shown["n"], "varied": varied, "detail": detail + tally, "parts": parts}
 
 
-def _furthest(parts: list[Row], key: Any) -> Row | None:
+def _furthest(parts: list[Row], key: Callable[[float], float]) -> Row | None:
     """The deciding part with the largest ``key`` of its value; None where none has a value."""
     return max((p for p in parts if p["decides"] and p["n"]), key=lambda p: key(p["value"]), default=None)
 
@@ -133,8 +74,8 @@ def core_settles(chains: dict[str, list[Row]]) -> Row:
     same = ", ".join(f"{fmean(rows[t]['jaccard'] for rows in chains.values()):.2f}" for t in cycles)
     sizes = ", ".join(str(row["core_out"]) for row in chains["main"][-3:])
     return _claim("The core settles: its size changes by at most 10 % in each of the last two cycles.", parts,
-                  _furthest(parts, abs), CHAIN, f"Mean change {changes} (bound {SETTLED:.0%}); Jaccard index of the core and the one "
-                  f"before {same}; the main chain's last sizes {sizes}.")
+                  _furthest(parts, abs), CHAIN, f"Mean change {changes} (bound {SETTLED:.0%}); Jaccard index of the core and "
+                  f"the one before {same}; the main chain's last sizes {sizes}.")
 
 
 def core_is_reselected(chains: dict[str, list[Row]], m_0: int) -> Row:
@@ -155,7 +96,7 @@ def core_is_reselected(chains: dict[str, list[Row]], m_0: int) -> Row:
     row = chains["main"][-1]
     uniform = row["core_out"] / (row["core_in"] + m_0)
     shown = ", ".join(f"{p['value']:+.3f} {p['part']}" for p in parts if p["decides"])
-    detail = (f"Of the frozen rows {kept:.1%} are selected again, mean over cycles and chains: {shown or 'placebo rows were not run'}. "
+    detail = (f"Of the frozen rows {kept:.1%} are selected again, mean over cycles and chains: {shown or 'placebo rows not run'}. "
               f"In the main chain's last cycle {row['kept']} of {row['core_in']} ({row['kept'] / row['core_in']:.1%}; uniform "
               f"selection, a weak reference, {uniform:.1%}).")
     return _claim("The core is re-selected: more of it is selected again than of rows that never were selected.",
@@ -182,9 +123,10 @@ def beats_baseline(rows: list[Row], k: int) -> Row:
             values = by_chain(gains).values() if several else gains.values()
             if values or decides:
                 parts.append(part(label if values else f"{label} (not run)", values, bound, side, at, decides))
-    headline = next((p for p in reversed(parts) if p["part"] == COMPARED[0][0]), None)
-    shown = ", ".join(f"{p['part']} {number(p['value'])}" for p in parts if headline and p["k"] == headline["k"] and p["n"])
-    detail = (f"DMSAE minus baseline at measured L0{f' at k = {headline["k"]}' if headline else ''}: {shown or 'not measured'}"
+    low = max((at for at in ks if at <= k), default=None)
+    headline = next((p for p in parts if (p["part"], p["k"]) == (COMPARED[0][0], low)), None)
+    shown = ", ".join(f"{p['part']} {number(p['value'])}" for p in parts if p["k"] == low and p["n"]) or "not measured"
+    detail = (f"DMSAE minus baseline at measured L0, {f'k = {low}' if low else 'no low k is bound'}: {shown}"
               + (f"; not run: {', '.join(missing)}." if missing else "."))
     return _claim("At equal L0 DMSAE beats its Matryoshka baseline in sparse probing (and absorption, SCR, TPP) at low k, and not "
                   "in loss (and RAVEL).", parts, headline, CHAIN if several else SEED, detail)
@@ -195,9 +137,10 @@ def control_parts(rows: list[Row]) -> list[Row]:
     parts = []
     for k in bound_ks(rows):
         for control in CONTROLS:
-            gains = by_chain(over_control(rows, control, k))
+            gains = by_chain(over_control(rows, control, k)).values()
             ran = any((r["core"], r["k"]) == (control, k) for r in rows)
-            parts.append(part(control + ("" if gains else " (no equal L0)" if ran else " (not run)"), gains.values(), side="below", k=k))
+            name = control if gains else f"{control} ({'no equal L0' if ran else 'not run'})"
+            parts.append(part(name, gains, side="below", k=k))
     return parts
 
 
@@ -214,8 +157,8 @@ def beats_controls(rows: list[Row]) -> Row:
     """
     parts = control_parts(rows)
     return _claim("The distilled core beats every control core of equal size in loss at measured L0, at every bound k.", parts,
-                  _furthest(parts, float), CHAIN, "Loss increase in nats, distilled minus the best control of each k: "
-                  f"{_worst(parts)}.")
+                  _furthest(parts, float), CHAIN, "Loss increase in nats, distilled minus the best control of each bound "
+                  f"k: {_worst(parts)}.")
 
 
 def serves_all_k(rows: list[Row]) -> Row:
@@ -261,6 +204,13 @@ def wins_its_place(rows: list[Row], k: int, core_sparsity: str) -> Row:
                   "frequencies better, than every control.", parts, _furthest(share, lambda v: -v), CHAIN, detail)
 
 
+def identity_means(identity: list[Row]) -> dict[str, Row]:
+    """{kind: means over pairs of chains}."""
+    found = {kind: [row for row in identity if row["kind"] == kind] for kind in dict.fromkeys(row["kind"] for row in identity)}
+    return {kind: {key: fmean(row[key] for row in rows) for key in ("cosine", "cosine_above", "span", "span_chance")}
+            for kind, rows in found.items()}
+
+
 def chains_agree(identity: list[Row]) -> Row:
     """C7: the cores of two chains match better than as many latents of two plain SAEs and than random rows.
 
@@ -272,10 +222,8 @@ def chains_agree(identity: list[Row]) -> Row:
         excess = {pair: row[metric] - of[other][pair][metric] for pair, row in of["cores"].items()
                   if pair in of[other] and None not in (row[metric], of[other][pair][metric])}
         parts.append(part(f"{metric}, above {other}{'' if excess else ' (not run)'}", pseudo_values(excess)))
-    means = {kind: {key: fmean(r[key] for r in rows.values()) for key in ("cosine", "cosine_above", "span", "span_chance")}
-             for kind, rows in of.items() if rows}
     detail = "; ".join(f"{kind}: |cosine| of matched latents {m['cosine']:.3f}, {m['cosine_above']:.1%} above .7, spans "
-                       f"{m['span']:.3f} (chance {m['span_chance']:.3f})" for kind, m in means.items())
+                       f"{m['span']:.3f} (chance {m['span_chance']:.3f})" for kind, m in identity_means(identity).items())
     return _claim("Chains agree on the core's latents: they match better than those of plain SAEs and than random rows.", parts,
                   parts[0], CHAIN, f"Over {len(of['cores'])} pairs of chains: {detail}." if detail else "There is one chain only.")
 

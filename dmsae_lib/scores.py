@@ -1,16 +1,17 @@
 """SAEBench in the summary: each SAE's numbers, which evals ran and why the others did not, and DMSAE minus baseline.
 
 Two kinds of error bars are kept apart. *Training seeds*: every SAE scored with the first evaluation seed, the difference
-to the same-seed baseline at measured L0 (:func:`dmsae_lib.claims.advantage`), t interval over the seeds. *Evaluation
+to the same-seed baseline at measured L0 (:func:`dmsae_lib.equal_l0.advantage`), t interval over the seeds. *Evaluation
 seeds*: the SAEs of the first training seed scored again on other texts, splits and probes; the difference at equal k, t
-interval over these draws.
+interval over these draws. Both are about one distilled core, the main chain's.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from dmsae_lib.claims import advantage, t_interval
+from dmsae_lib.equal_l0 import advantage
 from dmsae_lib.saebench import EVALS, IMPORTED, REPRODUCED, Task
+from dmsae_lib.verdicts import t_interval
 
 Row = dict[str, Any]
 Results = dict[Task, Row]
@@ -18,7 +19,7 @@ Results = dict[Task, Row]
 # What is compared, with its label and which direction is better (0: neither). SCR and TPP at 20 latents, as sae_bench
 # displays them; full absorption, because the fraction score was redefined between versions (method, section 9).
 HEADLINES: dict[str, tuple[str, int]] = {
-    "loss_recovered": ("loss recovered (ours)", 1),
+    "loss_increase": ("loss increase (ours)", -1),
     "ce_loss_score": ("CE loss score", 1),
     "fvu": ("FVU (ours)", -1),
     "explained_variance_legacy": ("explained variance", 1),
@@ -77,13 +78,13 @@ def eval_rows(results: Results, asked: Iterable[str]) -> dict[str, Row]:
 
 
 def differences(rows: list[Row], results: Results) -> list[Row]:
-    """DMSAE minus the Matryoshka baseline for each headline metric and k: {metric, label, better, doubted, k, value,
+    """The main chain's DMSAE minus its baseline for each headline metric and k: {metric, label, better, doubted, k, value,
     interval, n, sign, evaluation}.
 
     ``sign`` is "+" or "-" where the interval over training seeds excludes 0, else "?"; ``evaluation`` = {value, interval,
     n} over evaluation seeds, or None below two of them.
     """
-    found = []
+    found, rows = [], [row for row in rows if row["chain"] == "main"]
     for metric, (label, better) in HEADLINES.items():
         name = metric.partition(".")[0]
         doubted = name in EVALS and bool(EVALS[name].doubt)

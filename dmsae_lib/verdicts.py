@@ -67,7 +67,7 @@ def permutation_p(a: list[float], b: list[float]) -> tuple[float, float]:
 
 
 def group_part(name: str, a: Iterable[float], b: Iterable[float], decides: bool = True) -> Row:
-    """"The mean of ``a`` is above that of ``b``", decided by the permutation test; ``p`` is twice the one-sided one. The interval is
+    """The mean of ``a`` is above that of ``b``: decided by the permutation test, whose one-sided p is doubled; the interval is
     Welch's."""
     a, b = list(a), list(b)
     found = part(name, [], decides=decides) | {"test": "permutation", "n": min(len(a), len(b))}

@@ -1,7 +1,7 @@
 """Synthetic runs with known answers, for the tests of the summary, the claims and the figures. No number is a result.
 
-Scores of the baseline are exactly linear in log L0, and every other arm lies a known EFFECT away from it, plus
-JITTER times (seed - 1): so paired differences at measured L0, their means and their intervals are known.
+Scores of the baseline are exactly linear in log L0, and every other arm lies a known EFFECT in nats away from it, plus JITTER
+times (seed - 1) and times the chain's place: so paired differences at measured L0, their means and their intervals are known.
 """
 
 import math
@@ -20,12 +20,16 @@ CORE_L0 = [0, 12, 23, 32, 38, 43, 46, 49]
 ORIGINS = [[28], [27, 25], [26, 24, 21], [25, 23, 22, 15], [25, 22, 22, 14, 13], [24, 22, 22, 14, 12, 11],
            [24, 21, 22, 13, 12, 11, 7], [23, 20, 23, 13, 12, 10, 7, 4]]
 M_0 = 32
-EFFECT = {"none": 0.0, "distilled": -0.017, "random": -0.023, "frequency_matched": -0.021, "random_directions": -0.025,
-          "most_frequent": -0.018, "longer_repeated": 0.002, "longer_fresh": 0.003}
-JITTER = 0.001
+EFFECT = {"none": 0.0, "distilled": 0.012, "random": 0.020, "most_frequent": 0.014, "random_directions": 0.022,
+          "data_points": 0.018, "pca": 0.017, "rotated": 0.016, "warm_start": 0.008, "longer_repeated": -0.002,
+          "longer_fresh": -0.003}
+JITTER = 0.001  # of the controls a tenth more than of the distilled core
+CLEAN, ZERO, MEAN = 4.5, 8.0, 7.0  # nats per token
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
-CONTROLS = {"random": 3, "frequency_matched": 1, "random_directions": 1, "most_frequent": 1, "longer_repeated": 1,
-            "longer_fresh": 1}
+CONTROLS = {"random": 3} | dict.fromkeys(
+    ("most_frequent", "random_directions", "data_points", "pca", "rotated", "warm_start", "longer_repeated", "longer_fresh"), 1)
+ROWS = {"rank": 30.0, "norm": 1.2, "norm_min": 0.5, "norm_max": 2.0}  # of any core
+NO_CORE = ("none", "warm_start", "longer_repeated", "longer_fresh")
 
 
 def config(cycles: int = 7, ks=(24, 32, 48, 64, 80, 96), seeds=(0, 1, 2), controls=CONTROLS) -> RunConfig:
@@ -34,20 +38,31 @@ def config(cycles: int = 7, ks=(24, 32, 48, 64, 80, 96), seeds=(0, 1, 2), contro
         "data": {"source": "embedded", "train_tokens": 300_000, "select_tokens": 1000, "test_tokens": 1000,
                  "fresh_factor": cycles + 1},
         "sae": {"d_sae": 1024, "prefixes": [M_0, 96, 224, 480]},
-        "training": {"k": 64, "batch_size": 1024, "lr": 1e-3}, "distill": {"cycles": cycles},
+        "training": {"k": 64, "batch_size": 1024, "lr": 1e-3},
+        "distill": {"cycles": cycles, "placebos": ["random_directions"]},
         "retrain": {"ks": list(ks), "seeds": list(seeds), "controls": dict(controls)}})
 
 
-def loss_recovered(arm: str, l0: float, seed: int) -> float:
-    return 0.90 + 0.02 * math.log(l0) + 0.0005 * seed + EFFECT[arm] + (JITTER * (seed - 1) if arm != "none" else 0)
+def place(run: Run, chain: str) -> int:
+    """0 for the main chain, then as they are listed."""
+    return ["main", *(one.name for one in run.config.distill.chains)].index(chain)
+
+
+def loss_increase(arm: str, l0: float, seed: int, place: int = 0) -> float:
+    jitter = 0 if arm == "none" else JITTER * (seed - 1 + place) * (1 if arm == "distilled" else 1.1)
+    return 0.36 - 0.07 * math.log(l0) + 0.002 * seed + 0.01 * place + EFFECT[arm] + jitter
+
+
+def loss_recovered(arm: str, l0: float, seed: int, place: int = 0) -> float:
+    return 1 - loss_increase(arm, l0, seed, place) / (ZERO - CLEAN)
 
 
 def fvu(arm: str, l0: float) -> float:
-    return 0.40 - 0.064 * math.log(l0) - 4 * EFFECT[arm]
+    return 0.40 - 0.064 * math.log(l0) + 4 * EFFECT[arm]
 
 
 def probe(arm: str, l0: float, k: int) -> float:
-    return 0.62 + 0.02 * math.log(l0) + 0.05 * math.log(k) - 0.5 * EFFECT[arm]
+    return 0.62 + 0.02 * math.log(l0) + 0.05 * math.log(k) + 1.5 * EFFECT[arm]
 
 
 def history(cycle: int) -> list[dict]:
@@ -57,15 +72,23 @@ def history(cycle: int) -> list[dict]:
              "L0_total": 64, "dead": max(0, 200 - s), "threshold": 0.1, "lr": 1e-3} for s in steps]
 
 
-def latents(cycle: int) -> list[dict]:
-    found = [(origin, n) for origin, count in enumerate(ORIGINS[cycle]) for n in range(count)]
+def origins(run: Run, cycle: int, chain: str) -> list[int]:
+    """Core latents by cycle of origin; each further chain finds one more new latent in every cycle than the one before."""
+    *old, new = ORIGINS[cycle]
+    return [*old, new + place(run, run.config.trains(chain, cycle))]
+
+
+def latents(counts: list[int]) -> list[dict]:
+    cycle = len(counts) - 1
+    found = [(origin, n) for origin, count in enumerate(counts) for n in range(count)]
     return [{"id": f"c{origin}:{n}", "first_cycle": origin, "first_index": n, "index": i,
              "selected": list(range(origin, cycle + 1)), "score": 1 / (i + 1), "share": 1 / len(found),
              "frequency": 0.2 + 0.6 * i / len(found)} for i, (origin, n) in enumerate(found)]
 
 
 def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
-    core_in = SIZES[cycle - 1] if cycle else 0
+    counts, offset = origins(run, cycle, chain), place(run, chain)
+    core_in, size, kept = sum(origins(run, cycle - 1, chain)) if cycle else 0, sum(counts), sum(counts[:-1])
     l0 = {"core": float(CORE_L0[cycle]), "non_core": 64.2 - CORE_L0[cycle], "total": 64.2}
     fvus = {"32": 0.5 - 0.01 * cycle, "96": 0.4, "224": 0.3, "480": 0.25, "full": 0.133 + 0.0125 * cycle}
     before = (run.cycle(cycle - 1, "core", chain), "core") if cycle else (run.folder / "harvest", "harvest")
@@ -73,38 +96,56 @@ def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
     parents = {"harvest": hash_of(run.folder / "harvest", "harvest"), before[1]: parent}
     with write(run.cycle(cycle, "sae", chain), "sae", parents) as sae:
         sae.json("metrics.json", {"cycle": cycle, "core_in": core_in, "prefixes": [M_0, 96, 224, 480, 1024 - core_in],
-                                  "L0": l0, "dead": 3, "fvu": fvus,
+                                  "L0": l0, "dead": 3, "rare": 0.05, "fvu": fvus, "core_rows": ROWS if cycle else None,
+                                  "loss_increase": {"prefix0": 0.49 - 0.035 * cycle, "full": 0.07},
                                   "loss_recovered": {"prefix0": 0.86 + cycle / 100, "full": 0.98}})
         sae.csv("history.csv", history(cycle))
-    size, parents = SIZES[cycle], {"sae": hash_of(run.cycle(cycle, "sae", chain), "sae")}
+    parents = {"sae": hash_of(run.cycle(cycle, "sae", chain), "sae")}
     sizes = {"mean_abs": size, "abs_mean": size // 2, "quantile": size - 3, "frequency": size + 9}
+    chosen = {"core_in": core_in, "selected": size, "frequency": 0.2}
+    placebos = {kind: chosen | {"kept": 2 + offset, "rank": 20.0, "L0_core": 3.0, "loss_increase": 0.09}
+                for kind in (run.config.for_chain(chain).distill.placebos if cycle else ())}
     with write(run.cycle(cycle, "attribution", chain), "attribution", parents) as attribution:
         attribution.json("record.json", {
             "cycle": cycle, "tokens": 1000, "candidates": core_in + M_0, "stability": {"spearman": 0.97, "jaccard": 0.93},
-            "aggregators": {name: {"size": n, "jaccard": 0.8, "spearman": 0.9} for name, n in sizes.items()}})
+            "aggregators": {name: {"size": n, "jaccard": 0.8, "spearman": 0.9} for name, n in sizes.items()},
+            "core": chosen | {"kept": kept}, "placebos": placebos})
         attribution.csv("table.csv", [{"index": i, "frequency": 0.05} for i in range(core_in + M_0)])
-    kept = sum(ORIGINS[cycle][:-1]) if cycle else 0
     parents |= {"attribution": hash_of(run.cycle(cycle, "attribution", chain), "attribution")}
     with write(run.cycle(cycle, "core", chain), "core", parents) as core:
         core.json("core.json", {"cycle": cycle, "size": size, "kept": kept, "parent": parent if cycle else None,
-                                "latents": latents(cycle),
-                                "origins": {str(o): n for o, n in enumerate(ORIGINS[cycle])}})
+                                "latents": latents(counts), "origins": {str(o): n for o, n in enumerate(counts)}})
         core.tensors("core.safetensors", {"W_enc": torch.ones(128, size)})
 
 
-def write_retrained(run: Run, k: int, arm: str, seed: int) -> None:
-    has_core = not (arm == "none" or arm.startswith("longer"))
-    core_l0 = {"random": 44.0, "random_directions": 52.0}.get(arm, 49.0) if has_core else 0.0
+def core_frequency(arm: str, k: int, offset: int) -> list[float]:
+    """Firing frequencies of 108 latents: the distilled ones' correlate above .9 with those at another k, the others' hardly."""
+    stable, turning = (1.0, 0.1 + 0.02 * offset) if arm == "distilled" else (0.01 * (offset + 1), 0.3)
+    return [0.5 + 0.1 * (stable * math.sin(i) + turning * math.sin(i * k)) for i in range(108)]
+
+
+def write_retrained(run: Run, k: int, arm: str, seed: int, chain: str = "main") -> None:
+    has_core, offset = arm not in NO_CORE, place(run, chain)
+    core_l0 = {"random": 44.0, "random_directions": 52.0}.get(arm, 49.0) - 0.5 * offset if has_core else 0.0
+    if run.config.for_chain(chain).training.core_sparsity == "batchtopk" and arm != "distilled":
+        core_l0 /= 10  # in open competition the controls win little
     unbound = core_l0 >= k
     total = core_l0 + 1.0 if unbound else k * (1 + 0.005 * (seed - 1))
+    increase, frequency = loss_increase(arm, total, seed, offset), core_frequency(arm, k, offset)
     metrics = {"core_size": 108 if has_core else 0, "overlap": 0.3 if arm in CONTROLS and has_core else None,
                "L0": {"core": core_l0, "non_core": total - core_l0, "total": total}, "unbound": unbound,
-               "fvu": {"full": fvu(arm, total)}, "loss_recovered": {"full": loss_recovered(arm, total, seed)},
-               "dead": 500 if unbound else 2, "tokens": 300_000 * (8 if arm.startswith("longer") else 1)}
+               "fvu": {"full": fvu(arm, total)}, "loss_increase": {"full": increase, "prefix0": 5 * increase},
+               "loss_recovered": {"full": loss_recovered(arm, total, seed, offset)},
+               "loss_recovered_mean": 1 - increase / (MEAN - CLEAN), "dead": 500 if unbound else 2, "rare": 0.05,
+               "core_rows": ROWS if has_core else None,
+               "core_frequency": {"mean": 0.5, "max": max(frequency), "values": frequency} if has_core else None,
+               "tokens": 300_000 * (run.config.distill.cycles + 1 if arm.startswith("longer") else 1)}
     harvest = {"harvest": hash_of(run.folder / "harvest", "harvest")}
-    with write(run.retrained(k, arm, seed), "sae", harvest) as sae:
+    with write(run.retrained(k, arm, seed, chain), "sae", harvest) as sae:
         sae.json("metrics.json", metrics)
         sae.csv("history.csv", history(1))
+    if chain != "main":
+        return
     parents = {"sae": hash_of(run.retrained(k, arm, seed), "sae")}
     top = {f"probe_top{n}": probe(arm, total, n) + 0.004 * (seed - 1) * (arm != "none") for n in (1, 5)}
     core = {"ce_loss_score": loss_recovered(arm, total, seed) - 0.001, "ce_loss_with_sae": 4.6, "explained_variance": 1.004,
@@ -143,16 +184,18 @@ def build_run(root: Path, resolved: RunConfig | None = None, scored: bool = True
     resolved = resolved or config()
     run = Run(resolved, resolved.name, root)
     with write(run.folder / "harvest", "harvest") as harvest:
-        harvest.json("record.json", {"scale": 1.5, "clean_loss": 4.5, "zero_loss": 8.0,
+        harvest.json("record.json", {"scale": 1.5, "clean_loss": CLEAN, "zero_loss": ZERO, "mean_loss": MEAN,
                                      "model": {"name": "toy", "hash": "a" * 64, "d_model": 128, "n_layers": 4,
                                                "architecture": "Toy", "hook_name": resolved.model.hook_name},
                                      "data": {"source": "embedded", "hash": "d" * 64}})
     for chain in ("main", *(chain.name for chain in resolved.distill.chains)):
         for cycle in range(resolved.distill.cycles + 1):
-            write_cycle(run, cycle, chain)
-    for k in resolved.retrain.ks:
-        for arm, seed in resolved.retrain_arms(k):
-            write_retrained(run, k, arm, seed)
+            if resolved.trains(chain, cycle) == chain:
+                write_cycle(run, cycle, chain)
+    for chain in resolved.retrained_chains:
+        for k in resolved.retrain.ks:
+            for arm, seed in resolved.retrain_arms(k, chain):
+                write_retrained(run, k, arm, seed, chain)
     write_index(run)
     if scored:
         accuracies = {name: {"accuracy": value} for name, value in (("dense", 0.93), ("best_channel", 0.72))}

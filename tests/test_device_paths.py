@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy_sae import CORE, D_SAE, batch, config, gradients, make_sae
 from torch import Tensor
+from toy_sae import CORE, D_SAE, batch, config, gradients, make_sae
 
 from dmsae_lib import attribution
 from dmsae_lib import gradients as step_module

@@ -128,14 +128,14 @@ def test_the_card_says_what_the_core_is(run, folder):
 
 
 def test_the_card_gives_the_runs_own_numbers(run, folder, synthetic, tmp_path):
-    """Loss recovered and FVU as the factory's formulas have them, and every verdict."""
+    """Loss increase and FVU as the factory's formulas have them, and every verdict."""
     card = model_card(load_core(folder), "me/core", results_of(run, synthetic, tmp_path / "results"), "mit")
     table = [line.strip("| ").split(" | ") for line in card.splitlines() if line.count(" | ") == 6]
     rows = {(row[0], row[1]): row for row in table}
     for k in (64, 80):
         for arm in ("none", "distilled"):
             totals = [k * (1 + 0.005 * (seed - 1)) for seed in (0, 1)]
-            expected = mean(factory.loss_recovered(arm, total, seed) for seed, total in enumerate(totals))
+            expected = mean(factory.loss_increase(arm, total, seed) for seed, total in enumerate(totals))
             found = rows[str(k), arm]
             assert found[2] == "2" and float(found[6]) == pytest.approx(expected, abs=6e-5)
             assert float(found[5]) == pytest.approx(mean(factory.fvu(arm, total) for total in totals), abs=6e-5)

@@ -108,17 +108,18 @@ def test_the_summary_follows_its_schema_and_has_a_row_for_everything(smoke):
     summary = json.loads((smoke.folder / "summary" / "summary.json").read_text())
     Draft202012Validator(json.loads((ROOT / "dmsae_lib" / "summary.schema.json").read_text())).validate(summary)
     config = smoke.config
-    assert summary["config"] == "smoke" and set(summary["claims"]) == {"C1", "C2", "C3", "C4", "C5"}
+    assert summary["config"] == "smoke" and set(summary["claims"]) == {f"C{n}" for n in range(1, 8)}
     assert [row["cycle"] for row in summary["cycles"]] == list(range(config.distill.cycles + 1))
-    expected = sorted((k, arm, seed) for k in config.retrain.ks for arm, seed in config.retrain_arms(k))
-    assert sorted((row["k"], row["core"], row["seed"]) for row in summary["retrain"]) == expected
+    expected = sorted((chain, k, arm, seed) for chain in config.retrained_chains
+                      for k in config.retrain.ks for arm, seed in config.retrain_arms(k, chain))  # fmt: skip
+    assert sorted((row["chain"], row["k"], row["core"], row["seed"]) for row in summary["retrain"]) == expected
     for row in summary["retrain"]:
         assert row["unbound"] or row["L0"]["total"] == pytest.approx(row["k"], rel=0.05), row
 
 
 def test_every_figure_exists_and_is_not_blank(smoke):
     figures = sorted((smoke.folder / "figures").glob("*.png"), key=lambda path: int(path.stem.partition("_")[0]))
-    assert [path.stem.partition("_")[0] for path in figures] == [*"12345678", "12"]
+    assert [path.stem.partition("_")[0] for path in figures] == [*"12345678", "12", "13"]
     for path in figures:
         assert path.with_suffix(".svg").stat().st_size > 2000
         picture = matplotlib.image.imread(path)[..., :3]

@@ -6,10 +6,10 @@ import factory
 import pytest
 
 from dmsae_lib import scores
-from dmsae_lib.claims import FAILS
 from dmsae_lib.results import compare, validate
 from dmsae_lib.saebench import EVALS, Task
 from dmsae_lib.summary import summarise, write_summary
+from dmsae_lib.verdicts import FAILS
 
 FULL = "absorption.mean_full_absorption_score"
 
@@ -40,8 +40,20 @@ def test_differences_are_paired_by_training_seed_and_draws_are_told_apart(run):
     assert row["evaluation"]["n"] == 3 and row["evaluation"]["value"] == pytest.approx(0.3, rel=1e-4)  # 0.2, 0.3, 0.4
     distilled = next(r for r in summary["retrain"] if (r["k"], r["core"], r["seed"]) == (64, "distilled", 0))
     assert distilled["saebench"][FULL] == pytest.approx(0.5)  # the first draw's
-    assert summary["claims"]["C3"]["verdict"] == FAILS  # more is absorbed, not less
+    (part,) = [p for p in summary["claims"]["C3"]["parts"] if p["part"] == "full absorption"]
+    assert part["verdict"] == FAILS and not part["decides"]  # more is absorbed, not less
     validate(summary)
+
+
+def test_differences_are_those_of_the_main_chain(run):
+    """A further chain's SAEs, however much worse, are in no difference; losses are better when they are lower."""
+    summary = summarise(run)
+    other = [row | {"chain": "b", "loss_increase": row["loss_increase"] + (row["core"] == "distilled")}
+             for row in summary["retrain"]]  # fmt: skip
+    assert scores.differences(summary["retrain"] + other, {}) == scores.differences(summary["retrain"], {})
+    loss = [row for row in summary["differences"] if row["metric"] == "loss_increase"]
+    assert [(row["k"], row["n"], row["better"], row["sign"]) for row in loss] == [(64, 3, -1, "+"), (96, 3, -1, "+")]
+    assert all(row["value"] == pytest.approx(factory.EFFECT["distilled"], rel=1e-4) for row in loss)
 
 
 def test_every_score_is_in_the_table_with_its_seeds_and_a_missing_one_with_its_reason(run):
@@ -82,13 +94,13 @@ def test_a_run_without_the_suite_compares_with_one_that_has_it_in_all_else(run):
     plain = summarise(run)
     absorb(run)
     suite = summarise(run)
-    assert plain["claims"]["C3"] != suite["claims"]["C3"]
+    assert plain["claims"]["C3"] != suite["claims"]["C3"] and plain["claims"]["C3"]["verdict"] == suite["claims"]["C3"]["verdict"]
     for fresh, published in ((plain, suite), (suite, plain)):
         rows = compare(fresh, published)
         assert all(row["ok"] for row in rows) and len(rows) > 50
-        assert not any("absorption" in row["metric"] or row["metric"] == "claims.C3" for row in rows)
+        assert not any("absorption" in row["metric"] for row in rows)
     both = compare(suite, suite)
-    assert sum("absorption" in row["metric"] for row in both) == 6 and any(row["metric"] == "claims.C3" for row in both)
+    assert sum("absorption" in row["metric"] for row in both) == 6
     moved = summarise(run)
     moved["retrain"][0]["saebench"][FULL] += 0.06
     (row,) = [row for row in compare(moved, suite) if not row["ok"]]
