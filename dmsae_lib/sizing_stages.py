@@ -14,15 +14,15 @@ from dmsae_lib.activations import NORM_SAMPLE_ROWS
 from dmsae_lib.config import RunConfig
 from dmsae_lib.corpus import DOCUMENTS, PROBING_SETS
 from dmsae_lib.evaluation import CALIBRATION_TOKENS
-from dmsae_lib.results import Results, stage_kind
+from dmsae_lib.results import Results
 from dmsae_lib.saebench_core import SHARED_BYTES
 from dmsae_lib.saebench_probing import LARGEST_TRAIN, SMALLEST_TEST
 from dmsae_lib.settings import LONGER
 from dmsae_lib.sizing import Machine, Op, SAESize, Shape
 
 KINDS = ("harvest", "train", "attribute", "distill", "learning_rate", "retrain", "saebench")
-PROBING_TEXTS = LARGEST_TRAIN + SMALLEST_TEST  # of each set, that an SAE encodes at least
-BLOCK_COPIES = 3  # of a streamed block while it is made: joined, without outliers, scaled
+PROBING_TEXTS = LARGEST_TRAIN + SMALLEST_TEST  # of each set, that an SAE encodes; a few sets have some hundred less
+BLOCK_COPIES = 4  # of a streamed block while it is made: joined, without outliers, scaled, and the one before, still in use
 ROOM = 0.9  # share of a GPU's memory that jointly trained SAEs may fill
 
 
@@ -160,61 +160,72 @@ class Sizing:
     # Stages
 
     @cached_property
-    def retrained(self) -> list[tuple[int, str, int]]:
-        """(k, arm, seed) of every SAE after distillation."""
-        return [(k, arm, seed) for k in self.config.retrain.ks for arm, seed in self.config.retrain_arms(k)]
+    def retrained(self) -> dict[str, list[tuple[int, str, int]]]:
+        """(k, arm, seed) of every SAE after distillation, by chain."""
+        cfg = self.config
+        return {chain: [(k, arm, seed) for k in cfg.retrain.ks for arm, seed in cfg.retrain_arms(k, chain)]
+                for chain in cfg.retrained_chains}  # fmt: skip
 
-    @property
-    def chains(self) -> int:
-        return 1 + len(self.config.distill.chains)
+    @cached_property
+    def cycles(self) -> tuple[int, int, int]:
+        """How many SAEs without a core, with one, and placebos the distillation chains train; some share their first."""
+        chains = ["main", *(chain.name for chain in self.config.distill.chains)]
+        last, first = self.config.distill.cycles, {self.config.trains(chain, 0) for chain in chains}
+        return len(first), last * len(chains), last * sum(len(self.config.for_chain(chain).distill.placebos) for chain in chains)
 
     def harvest(self) -> Stage:
         """One pass below the hook, also where nothing is stored: it measures the scale. Then the reference losses."""
         data, test = self.config.data, self.text.collected(self.config.data.test_tokens)
         sample = NORM_SAMPLE_ROWS * self.config.model.context_size * self.text.usable
-        ops = [self.lower(data.train_tokens + sample + test), self.whole(2 * test)]
+        ops = [self.lower(data.train_tokens + sample + test), self.whole(3 * test)]  # bare, zero and mean ablation
         disk = self.token_files + (self.shards if data.store == "disk" else 0)
         return Stage("harvest", 1, ops, self.logits_memory(backward=False), disk)
 
     def train(self) -> Stage:
-        k, cycles = self.config.training.k, self.config.distill.cycles
-        saes = self.chains * (cycles + 1)
-        ops = [op * n for n, sae in ((self.chains, self.plain), (self.chains * cycles, self.cored)) for op in self._fit(sae, k)]
-        ops.append(self.lower(saes * self._streamed([(False, 1)])))
-        return Stage("train", saes, ops, self.training_memory(1, k), self.chains * (self.plain.file + cycles * self.cored.file))
+        k, (plain, cored, placebos) = self.config.training.k, self.cycles
+        ops = [op * n for n, sae in ((plain, self.plain), (cored + placebos, self.cored)) for op in self._fit(sae, k)]
+        ops.append(self.lower((plain + cored) * self._streamed([(False, 1)])))  # placebos share their cycle's pass
+        at_once = 1 + min(len(self.config.distill.placebos), self.together - 1)
+        disk = plain * self.plain.file + (cored + placebos) * self.cored.file
+        return Stage("train", plain + cored, ops, self.training_memory(at_once, k), disk)
 
     def attribute(self) -> Stage:
-        n = self.chains * (self.config.distill.cycles + 1)
-        return Stage("attribute", n, [op * n for op in self._attribute(self.cored)], self.logits_memory(backward=True), 0)
+        plain, cored, placebos = self.cycles
+        ops = [op * (plain + cored + placebos) for op in self._attribute(self.cored)]
+        return Stage("attribute", plain + cored, ops, self.logits_memory(backward=True), 0)
 
     def distill(self) -> Stage:
-        n = self.chains * (self.config.distill.cycles + 1)
+        n = sum(self.cycles[:2])
         return Stage("distill", n, [], self.cored.file, n * 4 * self.cored.core * self.cored.d_in)
 
     def learning_rate(self) -> Stage:
+        """Each rate without and with a core, on one pass."""
         n, k = len(self.config.learning_rate_sweep), self.config.training.k
-        ops = [*(op * n for op in self._fit(self.plain, k)), self.lower(self._streamed([(False, 1)] * n))]
-        return Stage("learning_rate", min(n, 1), ops, self.training_memory(min(n, self.together), k), 0)
+        ops = [op * n for sae in (self.plain, self.cored) for op in self._fit(sae, k)]
+        ops.append(self.lower(self._streamed([(False, 1)] * 2 * n)))
+        return Stage("learning_rate", min(n, 1), ops, self.training_memory(min(2 * n, self.together), k), 0)
 
     def retrain(self) -> Stage:
-        """Every k, arm and seed on one pass over the data, as many together as are allowed and fit."""
-        ops, jobs, disk = [], [], 0
-        for k, arm, seed in self.retrained:
-            sae = self.plain if arm == "none" or arm in LONGER else self.cored
-            factor = self.config.distill.cycles + 1 if arm in LONGER else 1
-            ops += self._fit(sae, k, factor)
-            jobs.append((arm == "longer_fresh", factor))
-            disk += sae.file
-            if arm in ("none", "distilled") and seed == self.config.retrain.seeds[0]:
-                ops += self._attribute(sae)  # for the heat map of core sizes
-        ops.append(self.lower(self._streamed(jobs)))
-        at_once = min(self.together, len(jobs))
+        """Every k, arm and seed of a chain on one pass over the data, as many together as are allowed and fit."""
+        ops, disk, seed_0 = [], 0, self.config.retrain.seeds[0]
+        for chain, saes in self.retrained.items():
+            jobs = []
+            for k, arm, seed in saes:
+                sae = self.plain if arm in ("none", "warm_start", *LONGER) else self.cored
+                factor = self.config.distill.cycles + 1 if arm in LONGER else 1
+                ops += self._fit(sae, k, factor)
+                jobs.append((arm == "longer_fresh", factor))
+                disk += sae.file
+                if chain == "main" and arm in ("none", "distilled") and seed == seed_0:
+                    ops += self._attribute(sae)  # for the heat map of core sizes
+            ops.append(self.lower(self._streamed(jobs)))
+        at_once = min(self.together, max(map(len, self.retrained.values())))
         memory = max(self.training_memory(at_once, max(self.config.retrain.ks)), self.logits_memory(backward=True))
-        return Stage("retrain", 1, ops, memory, disk)
+        return Stage("retrain", len(self.retrained), ops, memory, disk)
 
     def saebench(self) -> Stage:
         """The passes and encodings of both evals; the fits of the probes are not predicted."""
-        cfg, n = self.config, sum(arm in self.config.saebench.arms for _, arm, _ in self.retrained)
+        cfg, n = self.config, sum(arm in self.config.saebench.arms for _, arm, _ in self.retrained["main"])
         sets = len(PROBING_SETS if cfg.saebench.probing_sets is None else cfg.saebench.probing_sets)
         tokens = cfg.saebench.core_rows * cfg.model.context_size * self.text.usable
         texts = sets * PROBING_TEXTS
@@ -231,10 +242,5 @@ class Sizing:
 
 def published(results: Results) -> dict[str, Any]:
     """What a published run measured: ``seconds`` and ``processes`` by kind of stage, ``hardware`` and ``threads``."""
-    record = results.made
-    processes: dict[str, int] = {}
-    for path in (results.folder / "notebooks").glob("*.ipynb"):
-        kind = stage_kind(path.stem)
-        processes[kind] = processes.get(kind, 0) + 1
-    return {"seconds": record["seconds"], "hardware": record["hardware"], "threads": results.summary["inputs"]["threads"],
-            "processes": {kind: processes.get(kind, 0) for kind in record["seconds"]}}
+    return {name: results.made[name] for name in ("seconds", "processes", "hardware")} | {
+        "threads": results.summary["inputs"]["threads"]}

@@ -90,13 +90,12 @@ class Stages:
         dropped = sorted(rows.keys() - set(sets))
         return mean_baselines(rows, sets) | {"n_sets": len(sets), "dropped": dropped} if sets else None
 
-    def seconds(self) -> dict[str, float]:
-        """Wall clock of the notebooks by kind of stage, starting up included; those run by hand are not in it."""
-        total: dict[str, float] = {}
+    def notebooks(self) -> dict[str, list[float]]:
+        """Wall clock of each notebook by kind of stage, starting up included; those run by hand are not in it."""
+        found: dict[str, list[float]] = {}
         for path in sorted((self.run.folder / "notebooks").glob("*.json")):
-            stage = stage_kind(path.stem)
-            total[stage] = total.get(stage, 0.0) + json.loads(path.read_text())["seconds"]
-        return {stage: seconds for stage, seconds in total.items() if stage != "summary"}
+            found.setdefault(stage_kind(path.stem), []).append(json.loads(path.read_text())["seconds"])
+        return {stage: seconds for stage, seconds in found.items() if stage != "summary"}
 
 
 def cycle_row(sae: Row, attribution: Row, core: Row, before: Row | None, k: int) -> Row:
@@ -183,8 +182,10 @@ def _made(stages: Stages) -> Row:
     """How the stages were made, for provenance.json: what may differ between two runs that found the same."""
     first = stages.cycle(0)[0].provenance
     commits = {artifact.provenance["commit"] for _, artifact in stages.opened.values()}
+    notebooks = stages.notebooks()
     return {"commits": sorted(c for c in commits if c), "versions": first["versions"], "hardware": first["hardware"],
-            "seconds": stages.seconds()}
+            "seconds": {stage: sum(found) for stage, found in notebooks.items()},
+            "processes": {stage: len(found) for stage, found in notebooks.items()}}
 
 
 def regime(stages: Stages, d_in: int) -> list[Row]:

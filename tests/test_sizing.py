@@ -1,9 +1,11 @@
 """The closed forms of sizing, against torch's FLOP counter, real modules and the bytes of real artefacts."""
 
+import gc
 import json
 import struct
 
 import factory
+import numpy as np
 import pytest
 import torch
 import toy_sae
@@ -15,11 +17,12 @@ from dmsae_lib.artifacts import UserError
 from dmsae_lib.config import load_config
 from dmsae_lib.corpus import tokenise
 from dmsae_lib.language_model import LanguageModel, next_token_loss
+from dmsae_lib.plan import stages as stages_of
 from dmsae_lib.plots_sizing import sizing
 from dmsae_lib.results import Results
 from dmsae_lib.sae import save_sae
 from dmsae_lib.sizing import Machine, Op, SAESize, shape_of
-from dmsae_lib.sizing_stages import DOCUMENTS, KINDS, Sizing, Stage, Text, published
+from dmsae_lib.sizing_stages import BLOCK_COPIES, DOCUMENTS, KINDS, Sizing, Stage, Text, published
 from dmsae_lib.training import Trainer
 
 CPU = Machine("two cores", "cpu", 1e11, 1e11, 1e10, 16 * 2**30, 32 * 2**20)
@@ -147,11 +150,13 @@ def test_the_token_files_are_those_that_tokenising_leaves(tmp_path):
 
     config = load_config("default", [f"data.source={tmp_path / 'text.jsonl'}", "data.packing=one_per_row", "data.fresh_factor=8",
                                      "data.train_tokens=1875", "data.select_tokens=400", "data.test_tokens=10240",
-                                     "model.context_size=64"])  # fmt: skip
+                                     "model.context_size=64", "training.batch_size=100"])  # fmt: skip
     made = tokenise(config.data, Words(), 64)
     sized = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(words / 64, words), core=10)
     assert sized.token_files == sum(split["tokens"].nbytes for split in made.values())
-    assert sized.text.collected(15_000) == 2 * DOCUMENTS * words == activations.usable_count(made["train"], 0).sum()
+    batches = -(-15_000 // (DOCUMENTS * words))
+    found = activations.usable_count(made["train"], 0).sum()
+    assert batches > 1 and sized.text.collected(15_000) == batches * DOCUMENTS * words == found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -174,7 +179,7 @@ def gemma(machine: Machine = GPU, overrides=("training.together=64",)) -> Sizing
 def test_what_does_not_fit_beside_each_other_takes_another_pass():
     large = Machine("large", "cuda", 3e14, 4e14, 2e12, 1e12, 50e6)
     jobs, cycle = [(False, 1)] * 18, 500_000_000
-    assert gemma(large).fits >= 18 and len(gemma(large).retrained) == 18
+    assert gemma(large).fits >= 18 and len(gemma(large).retrained["main"]) == 18
     assert gemma(large)._streamed(jobs) == cycle
     assert gemma(large)._streamed([*jobs, (False, 8), (True, 8)]) == (8 + 8) * cycle
     assert gemma(large, ["training.together=10"])._streamed(jobs) == 2 * cycle
@@ -192,18 +197,51 @@ def test_stored_activations_are_not_made_again():
 
 
 def test_stages_add_up():
-    default = Sizing(load_config("default"), shape_of("wheeltext-4x128"), CPU, Text(0.98, 95), core=41)
+    plain = ["distill.chains=[]", "distill.placebos=[]"]
+    default = Sizing(load_config("default", plain), shape_of("wheeltext-4x128"), CPU, Text(0.98, 95), core=41)
     stages = {stage.kind: stage for stage in default.stages()}
     assert list(stages) == list(KINDS) and all(isinstance(stage, Stage) for stage in stages.values())
     assert [stages[kind].processes for kind in KINDS] == [1, 8, 8, 8, 1, 1, 1]
-    assert len(default.retrained) == 44
-    chains = load_config("default", ["distill.chains=[{name: a, seed: 1}, {name: b, seed: 2}]", "learning_rate_sweep=[]"])
+    assert len(default.retrained["main"]) == 27
+    chains = load_config("default", [*plain, "distill.chains=[{name: a, seed: 1}, {name: b, seed: 2}]", "learning_rate_sweep=[]"])
     three = Sizing(chains, default.shape, CPU, default.text, core=41)
     assert three.train().flops == pytest.approx(3 * stages["train"].flops) and three.train().disk == 3 * stages["train"].disk
     assert [stage.kind for stage in three.stages()] == [kind for kind in KINDS if kind != "learning_rate"]
-    one = load_config("default", ["retrain.ks=[64]", "retrain.seeds=[0]", "retrain.controls={}"])
+    one = load_config("default", ["retrain.ks=[16]", "retrain.seeds=[0]", "retrain.controls={}"])
     pair = Sizing(one, default.shape, CPU, default.text, core=41)
-    assert pair.retrain().disk == pair.plain.file + pair.cored.file == 2 * 4 * (2 * 768 * 128 + 768 + 128) + 32
+    assert pair.retrain().disk == pair.plain.file + pair.cored.file == 2 * 4 * (2 * 1024 * 128 + 1024 + 128) + 32
+
+
+def test_shared_cycles_placebos_and_retrained_chains_are_counted_once_each():
+    """Two kinds of placebo in each of seven cycles of the judged chains; a chain of the main one's seed shares its cycle 0."""
+    chains = ("distill.chains=[{name: a, seed: 1, core_sparsity: batchtopk, core_decoder_init: encoder}, "
+              "{name: b, retrain: [distilled]}]")  # fmt: skip
+    config = load_config("default", [chains, "distill.placebos=[random_directions, data_points]"])
+    sized = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(0.98, 95), core=41)
+    assert sized.cycles == (2, 21, 28)
+    assert sized.train().processes == 23 and sized.retrain().processes == 2 and list(sized.retrained) == ["main", "b"]
+    names = [stage.name for stage in stages_of(config)]
+    assert sum(name.endswith("_train") for name in names) == 23 and sum(name.endswith("retrain") for name in names) == 2
+
+
+def test_four_copies_of_a_streamed_block_live_while_the_next_is_made(monkeypatch):
+    """Counted among all tensors at the moment of the last operation, whose result is the fourth."""
+    rows, width, seen = 64, 1237, []  # a size that no other tensor has
+
+    class Scale:
+        def __rtruediv__(self, x):
+            gc.collect()
+            seen.append(sum(isinstance(found, torch.Tensor) and found.numel() == rows * width for found in gc.get_objects()))
+            return x / 1.0
+
+    blocks = [torch.ones(16, width) for _ in range(4)]
+    monkeypatch.setattr(activations, "usable_residuals", lambda model, split: iter([block.clone() for block in blocks]))
+    data = load_config("default", ["data.store=stream", "data.buffer_rows=64"]).data
+    source = activations.StreamedActivations(None, {"tokens": np.zeros((200, 1))}, data, Scale(), limit=1e9)
+    batches = source.batches(rows, 0, "test")
+    for _ in range(3):
+        next(batches)
+    assert seen == [BLOCK_COPIES - 2, BLOCK_COPIES - 1, BLOCK_COPIES - 1]  # the first block has none before it
 
 
 @pytest.fixture
@@ -215,11 +253,7 @@ def results(tmp_path) -> Results:
     (run.folder / "notebooks").mkdir()
     for name in notebooks:
         (run.folder / "notebooks" / f"{name}.json").write_text('{"seconds": 2.0}')
-    folder = factory.publish(run)
-    (folder / "notebooks").mkdir()
-    for name in notebooks:
-        (folder / "notebooks" / f"{name}.ipynb").touch()
-    return Results(folder)
+    return Results(factory.publish(run))
 
 
 def test_what_was_measured_has_the_names_of_what_is_predicted(results):
