@@ -92,9 +92,10 @@ def evaluate(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarr
     :func:`lower_all` of it.
 
     Returns L0 {core, non_core, total} at the calibrated and at the EMA threshold, fvu by prefix size and "full",
-    ce_loss (nats, full reconstruction), with or without prefix 0 loss_increase {prefix0, full} (nats, ce_loss - clean), loss_recovered {prefix0, full}
-    and loss_recovered_mean (full) against zero and mean ablation, dead (latents that never fired here), rare (the share of
-    latents that fired on less than RARE of the tokens), and the core's firing frequencies.
+    ce_loss (nats, full reconstruction), loss_increase {prefix0, full} (nats, ce_loss - clean), loss_recovered {prefix0, full}
+    against zero ablation and loss_recovered_mean (full) against mean ablation, dead (latents that never fired here), rare (the
+    share of latents that fired on less than RARE of the tokens), and the core's firing frequencies. ``with_prefix0``: the entries
+    prefix0 are there.
     """
     fvus = [_FVU(sae.d_in) for _ in sae.prefixes]
     fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)

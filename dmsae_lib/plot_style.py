@@ -6,22 +6,26 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, FormatStrFormatter, LogLocator, NullLocator
 
 from dmsae_lib.atomic import write_bytes
-from dmsae_lib.claims import t_interval
+from dmsae_lib.claims import judged_chains
+from dmsae_lib.equal_l0 import CHAIN, SEED, per_unit
 from dmsae_lib.results import Results
+from dmsae_lib.verdicts import t_interval
 
 Row = dict[str, Any]
+Look = tuple[str, str, str]  # label, colour, marker
 SINGLE, DOUBLE = 3.3, 7.0  # inches: one and two columns of a paper
 DPI = 200
 INK, MUTED = "#222222", "#5f5f5f"
 SEEDS = "training seeds (one distilled core)"
+PLURAL = {CHAIN: "distillation chains", SEED: SEEDS}
 HOLLOW = "hollow: unbound (core alone reaches k)"
 SMALL = 7  # points; nothing is smaller
 STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
@@ -32,22 +36,78 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "axe
          "lines.markersize": 5.5, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6,
          "axes.axisbelow": True, "figure.facecolor": "white", "savefig.dpi": DPI, "svg.hashsalt": "dmsae",
          "svg.fonttype": "path"}
-# Okabe and Ito's palette, told apart by people with any kind of colour blindness; markers differ as well.
-ARMS: dict[str, tuple[str, str, str]] = {  # arm: label, colour, marker
+# The palettes of Okabe and Ito and of Tol, told apart by people with any kind of colour blindness; markers differ as well.
+ARMS: dict[str, Look] = {
     "none": ("Matryoshka baseline", "#0072B2", "o"),
-    "distilled": ("DMSAE, distilled core", "#D55E00", "s"),
+    "distilled": ("DMSAE ({kind} core)", "#D55E00", "s"),
     "random": ("random core", "#009E73", "^"),
-    "frequency_matched": ("random core, frequency matched", "#56B4E9", "v"),
-    "random_directions": ("random directions", "#CC79A7", "D"),
     "most_frequent": ("most frequent core", "#E69F00", "P"),
-    "longer_repeated": ("baseline, {} tokens, repeated", "#000000", "<"),
-    "longer_fresh": ("baseline, {} tokens, fresh", "#8c8c8c", ">"),
+    "random_directions": ("random directions", "#CC79A7", "D"),
+    "data_points": ("random activations", "#56B4E9", "v"),
+    "pca": ("principal components", "#332288", "X"),
+    "rotated": ("rotated in its span", "#882255", "d"),
+    "warm_start": ("warm start, unfrozen", "#999933", "p"),
+    "longer_repeated": ("baseline, {times}x tokens, repeated", "#000000", "<"),
+    "longer_fresh": ("baseline, {times}x tokens, fresh", "#8c8c8c", ">"),
 }
+KINDS = {"relu": "ReLU", "batchtopk": "equal-L0"}  # core_sparsity: the core is exempt from selection, or competes for k
+OTHER_KINDS = (("#5c3317", "8"), ("#b3a125", "h"), ("#7f7f7f", "*"), ("#3b5323", "H"))  # beside the main chain's
 CYCLES = matplotlib.colormaps["viridis"]  # ordered: dark is early
 
 
-def label(arm: str, results: Results) -> str:
-    return ARMS[arm][0].format(f"{results.summary['sizes']['n_cycles'] + 1}x")
+class Kind(NamedTuple):
+    """The distillation chains with one kind of core; those of different kinds are never averaged."""
+
+    name: str
+    colour: str
+    marker: str
+    chains: dict[str, list[Row]]  # their cycle rows
+    rows: list[Row]  # retrained with their cores
+
+
+def kind_name(settings: Row) -> str:
+    """A chain's core settings in a word, and how they differ from the usual ones of that word."""
+    sparsity, decoder = settings["core_sparsity"], settings["core_decoder_init"]
+    unusual = [f"{decoder} decoder"] if (decoder == "encoder") != (sparsity == "batchtopk") else []
+    unusual += ["biases by frequency"] if settings["core_bias_init"] == "match_frequency" else []
+    return ", ".join([KINDS[sparsity], *unusual])
+
+
+def kinds(summary: Row) -> list[Kind]:
+    """The main chain with its replicates (its core settings, other seeds), then every other kind of core."""
+    chains = {kind_name(summary["sizes"]): judged_chains(summary)}
+    own = next(iter(chains))
+    for name, chain in summary["chains"].items():
+        if kind_name(chain) != own:
+            chains.setdefault(kind_name(chain), {})[name] = chain["cycles"]
+    return [Kind(name, *look, mine, [row for row in summary["retrain"] if row["chain"] in mine])
+            for (name, mine), look in zip(chains.items(), (ARMS["distilled"][1:], *OTHER_KINDS))]
+
+
+def label(arm: str, summary: Row) -> str:
+    return ARMS[arm][0].format(times=summary["sizes"]["n_cycles"] + 1, kind=kind_name(summary["sizes"]))
+
+
+def lines(summary: Row, arms: Iterable[str] = ARMS, wanted: Callable[[Row], Any] = bool) -> list[tuple[Look, list[Row]]]:
+    """What there is of each arm over the main chain and its replicates; then DMSAEs with each other kind of core."""
+    main, *others = kinds(summary)
+    found = [((label(arm, summary), *ARMS[arm][1:]), [row for row in main.rows if row["core"] == arm]) for arm in arms]
+    found += [((ARMS["distilled"][0].format(kind=kind.name), kind.colour, kind.marker),
+               [row for row in kind.rows if row["core"] == "distilled"]) for kind in others]
+    found = [(look, [row for row in rows if wanted(row)]) for look, rows in found]
+    return [(look, rows) for look, rows in found if rows]
+
+
+def by_k(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    groups: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["k"]):
+        groups.setdefault(row["k"], []).append(row)
+    return groups
+
+
+def units(rows: list[Row], value: Callable[[Row], float | None]) -> tuple[list[float], str]:
+    """One value per chain where there are several, else per training seed; and which of the two it is."""
+    return per_unit({(row["chain"], row["seed"]): v for row in rows if (v := value(row)) is not None})
 
 
 def cycle_colour(cycle: int, last: int) -> tuple:
@@ -90,28 +150,21 @@ def finish(figure: Figure, results: Results, caption: str, varied: str = "") -> 
     return figure
 
 
-def bars_note(rows: list[Row], varied: str, mean: str = "points") -> str:
-    """The footnote's words on error bars (over how many seeds, or why there are none) and on hollow markers.
+def bars_note(drawn: list[tuple[Look, list[Row]]], mean: str = "points") -> str:
+    """The footnote's words on error bars (over how many of what, or why there are none) and on hollow markers.
 
     ``mean`` names the mark that shows the mean.
     """
-    counts = sorted({len(group) for group in by_point(rows).values()})
-    hollow = f"; {HOLLOW}" if any(row["unbound"] for row in rows) else ""
-    if not rows:
+    if not drawn:
         return "not run"
-    if counts[-1] < 2:
-        return f"one seed, no error bars{hollow}"
-    some = f"{counts[-1]}" if counts[0] == counts[-1] else f"up to {counts[-1]}"
-    return f"{mean}: mean, bars: 95 % t interval over {some} {varied}{hollow}"
-
-
-def by_point(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
-    """Rows of equal arm and k, in order of arm and k."""
-    groups: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["core"], row["k"]), []).append(row)
-    order = list(ARMS)
-    return dict(sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))
+    found = [units(group, lambda row: row["L0"]["total"]) for _, rows in drawn for group in by_k(rows).values()]
+    hollow = f"; {HOLLOW}" if any(row["unbound"] for _, rows in drawn for row in rows) else ""
+    fewest, most = min(len(values) for values, _ in found), {}
+    for values, varied in found:
+        most[varied] = max(most.get(varied, 0), len(values))
+    over = [f"{'up to ' * (n > fewest)}{n} {PLURAL[varied]}" for varied, n in most.items() if n > 1]
+    bars = f"{mean}: mean, bars: 95 % t interval over {' or '.join(over)}" if over else "one SAE each, no error bars"
+    return bars + hollow
 
 
 def missing(axes: Axes, text: str) -> None:
@@ -135,18 +188,26 @@ def face(colour: str, unbound: bool) -> Row:
         {"markerfacecolor": colour, "markeredgecolor": "white", "markeredgewidth": 0.4}
 
 
-def curve(axes: Axes, rows: list[Row], arm: str, results: Results, value: Callable[[Row], float | None]) -> bool:
-    """Mean and interval of ``value`` against measured L0 for one arm; hollow where an SAE is unbound.
+def log_y(axes: Axes) -> None:
+    """Logarithmic and labelled at 1, 2, 3, 5, where every value allows it."""
+    if axes.dataLim.y0 > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def curve(axes: Axes, look: Look, rows: list[Row], value: Callable[[Row], float | None],
+          place: Callable[[Row], float] = lambda row: row["L0"]["total"]) -> bool:
+    """Mean and interval of ``value`` for each k, against ``place`` (measured L0); hollow where an SAE is unbound.
 
     Returns whether there was anything to draw.
     """
-    _, colour, marker = ARMS[arm]
+    name, colour, marker = look
     points = []
-    for (_, _), group in by_point(row for row in rows if row["core"] == arm).items():
-        values = [v for v in map(value, group) if v is not None]
-        if values:
-            x, unbound = fmean(row["L0"]["total"] for row in group), any(row["unbound"] for row in group)
-            points.append((x, fmean(values), t_interval(values), unbound))
+    for group in by_k(rows).values():
+        if values := units(group, value)[0]:
+            points.append((fmean(map(place, group)), fmean(values), t_interval(values), any(row["unbound"] for row in group)))
     if not points:
         return False
     points.sort(key=lambda point: point[0])
@@ -156,8 +217,19 @@ def curve(axes: Axes, rows: list[Row], arm: str, results: Results, value: Callab
         if interval:
             axes.plot([x, x], interval, color=colour, linewidth=1, marker="_", markersize=4, zorder=3)
         axes.plot([x], [mean], marker=marker, zorder=4, **face(colour, unbound))
-    axes.plot([], [], color=colour, marker=marker, label=label(arm, results))
+    axes.plot([], [], color=colour, marker=marker, label=name)
     return True
+
+
+def bundle(axes: Axes, look: Look, chains: Iterable[dict[int, float]]) -> None:
+    """Values by cycle: each chain a thin line, their mean a thick one."""
+    name, colour, marker = look
+    chains = list(chains)
+    for values in chains if len(chains) > 1 else ():
+        axes.plot(list(values), list(values.values()), color=colour, linewidth=0.6, alpha=0.6, zorder=2)
+    cycles = sorted({cycle for values in chains for cycle in values})
+    axes.plot(cycles, [fmean(values[cycle] for values in chains if cycle in values) for cycle in cycles], color=colour,
+              marker=marker, label=name, zorder=3, markeredgecolor="white", markeredgewidth=0.4)
 
 
 def settle(figure: Figure) -> None:

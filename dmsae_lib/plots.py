@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from dmsae_lib.atomic import write_text
 from dmsae_lib.plot_style import ARMS, SINGLE, SMALL, finish, new_figure, save, styled
-from dmsae_lib.plots_distill import core_share, heatmap, origins, training
+from dmsae_lib.plots_distill import core_identity, core_share, heatmap, origins, reselected, training
 from dmsae_lib.plots_retrain import controls, quality, saebench
 from dmsae_lib.plots_saebench import differences, paper_scale
 from dmsae_lib.plots_sizing import sizing
@@ -49,7 +49,8 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     "1_schematic": schematic, "2_core_by_origin": origins, "3_distilled_vs_random": controls,
     "4_saebench_vs_l0": saebench, "5_core_size_heatmap": heatmap, "6_core_share_of_k": core_share,
     "7_training_curves": training, "8_quality_vs_l0": quality, "9_base_model": base_model, "10_sizing": sizing,
-    "11_paper_scale": paper_scale, "12_saebench_differences": differences}
+    "11_paper_scale": paper_scale, "12_saebench_differences": differences, "13_reselected": reselected,
+    "14_core_identity": core_identity}
 
 
 def draw_all(results_folder: Path, figures_folder: Path) -> list[Path]:

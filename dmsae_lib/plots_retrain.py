@@ -1,53 +1,62 @@
 """Figures of the SAEs trained after distillation: controls, SAEBench scores, reconstruction against L0."""
 
 from collections.abc import Callable
-from itertools import cycle
+from itertools import cycle, pairwise
 from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dmsae_lib import plot_style as style
-from dmsae_lib.claims import score, t_interval
-from dmsae_lib.plot_style import ARMS, DOUBLE, MUTED, SEEDS, styled
+from dmsae_lib.equal_l0 import baseline_at, score
+from dmsae_lib.plot_style import ARMS, DOUBLE, MUTED, styled
 from dmsae_lib.results import Results, Row
+from dmsae_lib.settings import LONGER
+from dmsae_lib.verdicts import t_interval
 
 REFERENCES = (("dense", "dense probe", (0, (4, 2))), ("best_channel", "best residual channel", (0, (1, 1.5))))
 OTHERS = ("#333333", "#8a6d3b", "#6b4c9a", "#9a4c4c")  # of SAEs trained elsewhere
-PLAIN = {"loss_recovered": "loss recovered (fraction)", "fvu": "FVU (fraction)"}
+PLAIN = {"loss_increase": "loss increase (nats per token)", "fvu": "FVU (fraction)"}
 SCORES = {"ce_loss_score": "CE loss score (fraction)", "explained_variance_legacy": "explained variance (fraction)",
           "probe_top1": "probing accuracy, top 1", "probe_top5": "probing accuracy, top 5"}
 
 
+def _rows(group: list[Row]) -> str:
+    """What an arm's frozen rows are like, for its label."""
+    l0 = {part: fmean(row["L0"][part] for row in group) for part in ("core", "total")}
+    ranks = [row["core_rows"]["rank"] for row in group if row["core_rows"]]
+    return f"rank {fmean(ranks):.1f}, L0 {l0['core']:.1f} of {l0['total']:.1f}" if ranks else f"no core, L0 {l0['total']:.1f}"
+
+
 @styled
 def controls(results: Results) -> Figure:
-    """Loss recovered and FVU of the distilled core and its controls at the distillation k."""
+    """Loss increase and FVU of the distilled core and its controls at the distillation k."""
     k = results.summary["sizes"]["k"]
-    rows = [row for row in results.summary["retrain"] if row["k"] == k and not row["core"].startswith("longer")]
-    groups = {arm: group for (arm, _), group in style.by_point(rows).items()}
-    figure = style.new_figure(DOUBLE, 0.9 + 0.27 * max(len(groups), 4))
+    arms = [arm for arm in ARMS if arm not in LONGER]
+    main = style.kinds(results.summary)[0]
+    drawn = style.lines(results.summary, arms, lambda row: row["k"] == k and row["chain"] in main.chains)
+    figure = style.new_figure(DOUBLE, 0.9 + 0.31 * max(len(drawn), 4))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (metric, name) in zip(panels, PLAIN.items()):
-        for y, (arm, group) in enumerate(groups.items()):
-            _, colour, marker = ARMS[arm]
-            values = [row[metric] for row in group]
+        for y, ((_, colour, marker), group) in enumerate(drawn):
+            values = style.units(group, lambda row, m=metric: row[m])[0]
             if interval := t_interval(values):
-                axes.plot(interval, [y, y], color=colour, linewidth=1.4, marker="|", markersize=7)
-                axes.plot([fmean(values)] * 2, [y - 0.28, y + 0.28], color=colour, linewidth=1.6)
+                axes.plot(interval, [y + 0.2] * 2, color=colour, linewidth=1.2, marker="|", markersize=5)
+                axes.plot([fmean(values)] * 2, [y + 0.02, y + 0.38], color=colour, linewidth=1.8)
             for row in group:
-                axes.plot([row[metric]], [y], marker=marker, **style.face(colour, row["unbound"]))
+                axes.plot([row[metric]], [y - 0.12], marker=marker, markersize=4.5, **style.face(colour, row["unbound"]))
         axes.set_xlabel(name)
-        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.set_ylim(len(drawn) - 0.5, -0.5)
         axes.locator_params(axis="x", nbins=6)
         axes.margins(x=0.08)
         axes.tick_params(axis="y", length=0)
-    l0 = {arm: fmean(row["L0"]["total"] for row in group) for arm, group in groups.items()}
-    panels[0].set_yticks(range(len(groups)), [f"{style.label(arm, results)} (L0 {l0[arm]:.1f})" for arm in groups])
+    panels[0].set_yticks(range(len(drawn)), [f"{name}\n{_rows(group)}" for (name, *_), group in drawn])
     panels[0].set_ylabel("core")
     panels[0].set_title(f"Distilled against other cores of equal size, k = {k}")
-    caption = (f"Loss recovered and FVU at k = {k} with the distilled core, with cores drawn in other ways (draw r "
-               "with training seed r), and with none.")
-    return style.finish(figure, results, caption, f"points: one SAE each; {style.bars_note(rows, SEEDS, 'ticks')}")
+    caption = (f"Loss increase and FVU at k = {k} with the distilled core ({main.name}, like its controls), with cores drawn in "
+               "other ways, unfrozen from the same start, and with none. Rank: participation rank of the core's encoder rows; L0: "
+               "active core latents of all active ones.")
+    return style.finish(figure, results, caption, f"points: one SAE each; {style.bars_note(drawn, 'ticks')}")
 
 
 def _imported(axes: Axes, results: Results, value: Callable[[Row], float | None]) -> None:
@@ -60,17 +69,16 @@ def _imported(axes: Axes, results: Results, value: Callable[[Row], float | None]
 @styled
 def saebench(results: Results) -> Figure:
     """SAEBench metrics against measured L0, DMSAE and baseline."""
-    rows = [row for row in results.summary["retrain"] if row["core"] in ("none", "distilled") and row["saebench"]]
+    drawn = style.lines(results.summary, ["none", "distilled"], lambda row: row["saebench"])
     probing = results.summary["probing_baselines"]
     figure = style.new_figure(DOUBLE, 4.6)
     for axes, (metric, name) in zip(figure.subplots(2, 2).flat, SCORES.items()):
-        drawn = [style.curve(axes, rows, arm, results, lambda row, m=metric: score(row, m))
-                 for arm in ("none", "distilled")]
-        if not any(drawn):
+        found = [style.curve(axes, look, rows, lambda row, m=metric: score(row, m)) for look, rows in drawn]
+        if not any(found):
             style.missing(axes, f"{name}: not run")
             continue
         _imported(axes, results, lambda row, m=metric: (row["saebench"] or {}).get(m))
-        style.l0_axis(axes, sorted({row["k"] for row in rows}))
+        style.l0_axis(axes, sorted({row["k"] for _, rows in drawn for row in rows}))
         axes.set_ylabel(name)
         axes.margins(y=0.12)
         if metric.startswith("probe_") and probing:
@@ -80,22 +88,40 @@ def saebench(results: Results) -> Figure:
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=4)
     return style.finish(figure, results, "SAEBench scores against measured L0, with and without the distilled core. "
                         "Explained variance is SAEBench's older formula: the newer one subtracts the wrong mean.",
-                        style.bars_note(rows, SEEDS))
+                        style.bars_note(drawn))
+
+
+def _over_baseline(row: Row, baselines: list[Row], metric: str) -> float | None:
+    """Above the baseline of the same chain and seed at the row's L0; None where that is unbound or has no such baseline."""
+    base = None if row["unbound"] else baseline_at(baselines, row["chain"], row["seed"], row["L0"]["total"], metric)
+    return None if base is None else row[metric] - base
 
 
 @styled
 def quality(results: Results) -> Figure:
-    """Loss recovered and FVU against total L0, every arm."""
-    rows = results.summary["retrain"]
-    figure = style.new_figure(DOUBLE, 3.8)
-    panels = figure.subplots(1, 2)
-    for axes, (metric, name) in zip(panels, PLAIN.items()):
-        for arm in ARMS:
-            style.curve(axes, rows, arm, results, lambda row, m=metric: row[m])
-        _imported(axes, results, lambda row, m=metric: row[m])
-        style.l0_axis(axes, sorted({row["k"] for row in rows}))
-        axes.set_xlabel("measured total L0 (core included)")
-        axes.set_ylabel(name)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return style.finish(figure, results, "Loss recovered and FVU against total L0, the core counted, for every arm.",
-                        style.bars_note(rows, SEEDS))
+    """Loss increase and FVU against total L0, every arm; and below, above the baseline at equal L0."""
+    drawn = style.lines(results.summary)
+    ks = sorted({row["k"] for _, rows in drawn for row in rows})
+    baselines = [row for _, rows in drawn for row in rows if row["core"] == "none"]
+    compared = [(look, rows) for look, rows in drawn if rows[0]["core"] != "none"]
+    aside = min((b / a for a, b in pairwise(ks)), default=2) ** (0.4 / max(len(compared), 1))  # between two arms
+    figure = style.new_figure(DOUBLE, 6.2)
+    for (above, below), (metric, name) in zip(figure.subplots(2, 2).T, PLAIN.items()):
+        for look, rows in drawn:
+            style.curve(above, look, rows, lambda row, m=metric: row[m])
+        _imported(above, results, lambda row, m=metric: row[m])
+        style.l0_axis(above, ks)
+        style.log_y(above)
+        above.set_xlabel("measured total L0 (core included)")
+        above.set_ylabel(name)
+        for at, (look, rows) in enumerate(compared):
+            style.curve(below, look, rows, lambda row, m=metric: _over_baseline(row, baselines, m),
+                        lambda row, at=at: row["k"] * aside ** ((at + 1) // 2 * (-1) ** at))
+        below.axhline(0, color=ARMS["none"][1], linewidth=1, zorder=1)
+        style.l0_axis(below, ks)
+        below.set_xlim(0.82 * ks[0], 1.22 * ks[-1])
+        below.set_xlabel("k (arms side by side)")
+        below.set_ylabel(f"{name.partition(' (')[0]}, minus baseline")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return style.finish(figure, results, "Loss increase and FVU against total L0, the core counted, for every arm; below, minus "
+                        "the baseline of the same chain and seed at measured L0, where there is one.", style.bars_note(drawn))

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dmsae_lib import plot_style as style
-from dmsae_lib.plot_style import ARMS, DOUBLE, MUTED, SEEDS, SINGLE, SMALL, styled
+from dmsae_lib.plot_style import DOUBLE, MUTED, SEEDS, SINGLE, SMALL, styled
 from dmsae_lib.results import Results
 
 REFERENCE = "reference/saebench_gemma-2-2b_65k.csv"  # below results/; its README says who measured it
@@ -43,7 +43,7 @@ def differences(results: Results) -> Figure | None:
     better = {row["label"]: {1: "higher is better", -1: "lower is better", 0: "neither is better"}[row["better"]] for row in rows}
     axes.set_yticks(range(len(labels)), [f"{name}{' †' * (name in doubted)}\n({better[name]})" for name in labels], fontsize=SMALL)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlabel("DMSAE minus Matryoshka baseline at measured L0 (fractions of 1)")
+    axes.set_xlabel("DMSAE minus Matryoshka baseline at measured L0 (fractions of 1; loss increase: nats)")
     axes.set_ylabel("metric")
     axes.tick_params(axis="y", length=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(len(ks) + 1, 7))
@@ -75,15 +75,16 @@ def paper_scale(results: Results) -> Figure | None:
     released = reference_rows(results)
     if not released:
         return None
-    ours = results.summary["retrain"] if results.summary["inputs"]["model"]["name"] == PAPER_MODEL else []
+    ours = results.summary["inputs"]["model"]["name"] == PAPER_MODEL
+    drawn = style.lines(results.summary, wanted=lambda row: row["saebench"]) if ours else []
     figure = style.new_figure(DOUBLE if ours else SINGLE * 1.3, 3.4)
     axes = figure.subplots()
     for name, (label, marker, line) in RELEASED.items():
         rows = sorted((row for row in released if row["architecture"] == name), key=lambda row: row["l0"])
         axes.plot([row["l0"] for row in rows], [1 - row["loss_recovered"] for row in rows], color="#8c8c8c" if ours else MUTED,
                   marker=marker, markersize=3.5, linewidth=0.9, linestyle=line, label=f"released {label}", zorder=1)
-    for arm in ARMS:
-        style.curve(axes, ours, arm, results, lambda row: None if not row["saebench"] else 1 - row["saebench"]["ce_loss_score"])
+    for look, rows in drawn:
+        style.curve(axes, look, rows, lambda row: 1 - row["saebench"]["ce_loss_score"])
     axes.set_yscale("log")
     axes.set_xscale("log")
     axes.set_xlabel("measured L0 (active latents per token)")
@@ -91,4 +92,4 @@ def paper_scale(results: Results) -> Figure | None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     who = "released SAEs of width 65,536, measured by a third party (results/reference)"
     caption = f"Gemma-2-2B, block 12: {who}" + (", behind ours." if ours else "; no run of ours at that scale is in these results.")
-    return style.finish(figure, results, caption, style.bars_note([row for row in ours if row["saebench"]], SEEDS) if ours else "")
+    return style.finish(figure, results, caption, style.bars_note(drawn) if ours else "")

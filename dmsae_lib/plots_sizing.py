@@ -11,7 +11,7 @@ from dmsae_lib.results import Results
 NAMES = {"train": "train cycles", "learning_rate": "learning rate", "saebench": "SAEBench"}
 WORK, WHOLE = ARMS["none"][1], ARMS["distilled"][1]
 COLOURS = {kind: ARMS[arm][1] for kind, arm in
-           [("harvest", "frequency_matched"), ("train", "none"), ("attribute", "random"), ("learning_rate", "random_directions"),
+           [("harvest", "data_points"), ("train", "none"), ("attribute", "random"), ("learning_rate", "random_directions"),
             ("retrain", "distilled"), ("saebench", "most_frequent")]}  # fmt: skip
 
 

@@ -2,132 +2,209 @@
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from dmsae_lib.atomic import write_text
+from dmsae_lib.claims import judged_chains
+from dmsae_lib.equal_l0 import advantage, per_unit
+from dmsae_lib.plot_style import ARMS, PLURAL, by_k, kind_name, kinds, label, lines, units
 from dmsae_lib.results import Results
+from dmsae_lib.verdicts import t_interval
 
 BEGIN, END = "<!-- results: written by `make publish` -->", "<!-- end of results -->"
 BETTER = {1: "higher", -1: "lower", 0: "neither"}
+MATCHED = {"cores": "distilled cores", "plain": "first latents of plain SAEs", "random": "random rows"}
+OF_CHAINS = ("R1", "R5", "R6")  # answers that several chains give better than one
 Row = dict[str, Any]
 
 
+def _table(head: list[str], rows: Iterable[Iterable[Any]], left: int = 1) -> list[str]:
+    """A table whose first ``left`` columns are text, and an empty line after it."""
+    first, *others = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in (head, *rows)]
+    return [first, "|" + ":--|" * left + "--:|" * (len(head) - left), *others, ""]
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _mean(rows: list[Row], value: Callable[[Row], float | None], digits: int = 4) -> str:
+    """Over chains where there are several, else over training seeds."""
+    found = units(rows, value)[0]
+    return _number(fmean(found) if found else None, digits)
+
+
+def _signed(value: float, interval: list[float] | None, digits: int) -> str:
+    shown = [f"{number:+.{digits}f}" for number in (value, *(interval or ()))]
+    return shown[0] + (f" [{shown[1]}, {shown[2]}]" if interval else "")
+
+
+def _gates(summary: Row) -> list[str]:
+    bound = {row["gate"]: "-" if row["bound"] is None else f"< {row['bound']:.3g}" for row in summary["regime"]}
+    return _table(["gate", "value", "bound"], ([row["gate"], f"{row['value']:.3f}", bound[row["gate"]] + ("" if row["ok"] else
+                                                ", **not met**")] for row in summary["regime"]))
+
+
 def _cycles(summary: Row) -> list[str]:
-    head = ["cycle", "core in", "kept", "new", "core out", "core L0 / k", "dead", "FVU", "loss recovered"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "--:|" * len(head)]
-    for row in summary["cycles"]:
-        lines.append(f"| {row['cycle']} | {row['core_in']} | {row['kept']} | {row['core_out'] - row['kept']} | {row['core_out']} | "
-                     f"{row['core_share']:.2f} | {row['dead']} | {row['fvu']['full']:.3f} | {row['loss_recovered']['full']:.4f} |")
-    return lines
+    placebos = sorted({kind for row in summary["cycles"] for kind in row["placebos"]})
+    head = ["cycle", "core in", "kept", *(f"placebo kept: {ARMS[kind][0]}" for kind in placebos), "new", "core out", "core L0 / k",
+            "rare latents", "FVU", "loss increase"]
+    return _table(head, ([row["cycle"], row["core_in"], row["kept"],
+                          *(row["placebos"][kind]["kept"] if kind in row["placebos"] else "-" for kind in placebos),
+                          row["core_out"] - row["kept"], row["core_out"], f"{row['core_share']:.2f}", f"{row['rare']:.1%}",
+                          f"{row['fvu']['full']:.4f}", f"{row['loss_increase']['full']:.4f}"] for row in summary["cycles"]), 0)
 
 
-def _cell(rows: list[Row], value) -> str:
-    found = [value(row) for row in rows if value(row) is not None]
-    return f"{mean(found):.4f}" if found else "-"
+def _claims(summary: Row) -> list[str]:
+    return _table(["claim", "verdict", "numbers"], ([f"{name}: {claim['claim']}", f"**{claim['verdict']}**", claim["detail"]]
+                                                    for name, claim in summary["claims"].items()), 3)
+
+
+def _chains(summary: Row) -> list[str]:
+    """One line per distillation chain, the main one's replicates first."""
+    settings = {"main": summary["sizes"] | {"seed": summary["inputs"]["seed"]}} | summary["chains"]
+    cycles = {"main": summary["cycles"]} | {name: chain["cycles"] for name, chain in summary["chains"].items()}
+    order = [name for kind in kinds(summary) for name in kind.chains]
+    return _table(["chain", "core", "seed", "core size by cycle", "core L0 / k at the end", "loss increase, cycle 0", "last"],
+                  ([name, kind_name(settings[name]), settings[name]["seed"], " ".join(str(row["core_out"]) for row in rows),
+                    f"{rows[-1]['core_share']:.2f}", *(f"{rows[t]['loss_increase']['full']:.4f}" for t in (0, -1))]
+                   for name in order for rows in [cycles[name]]), 4)
+
+
+def _identity(summary: Row) -> list[str]:
+    rows = []
+    for kind, name in MATCHED.items():
+        mine = [row for row in summary["identity"] if row["kind"] == kind]
+        shown = [[row[key] for row in mine if row[key] is not None] for key in
+                 ("cosine", "cosine_above", "activation", "activation_above", "span", "span_chance")]
+        rows.append([name, *(_number(fmean(values) if values else None, 3) for values in shown)])
+    return _table(["of two chains", "matched |cosine|", "share above .7", "correlation of matched activations", "share above .7",
+                   "span overlap", "chance"], rows)
+
+
+def _controls(summary: Row) -> list[str]:
+    """The main chain's kind of core and its controls at the distillation k."""
+    k, rows, found = summary["sizes"]["k"], kinds(summary)[0].rows, []
+    for arm in ARMS:
+        if mine := [row for row in rows if (row["core"], row["k"]) == (arm, k)]:
+            gains = per_unit(advantage(rows, arm, k, "loss_increase"))[0] if arm != "none" else []
+            found.append([label(arm, summary), len(units(mine, lambda row: row["fvu"])[0]),
+                          _mean(mine, lambda row: (row["core_rows"] or {}).get("rank"), 1),
+                          _mean(mine, lambda row: row["L0"]["core"], 1), _mean(mine, lambda row: row["L0"]["total"], 1),
+                          _mean(mine, lambda row: row["fvu"]), _mean(mine, lambda row: row["loss_increase"]),
+                          _signed(fmean(gains), t_interval(gains), 4) if gains else "-",
+                          _mean(mine, lambda row: row["frequency_correlation"], 3)])
+    return _table(["core", "n", "rank", "core L0", "total L0", "FVU", "loss increase", "minus baseline at measured L0",
+                   "frequency correlation"], found)
 
 
 def _retrained(summary: Row) -> list[str]:
-    top = [key for key in ("probe_top1", "probe_top5") if any(key in (r["saebench"] or {}) for r in summary["retrain"])]
-    head = ["k", "core", "seeds", "core L0", "total L0", "FVU", "loss recovered", *(f"top-{key[9:]} probes" for key in top)]
-    lines = ["| " + " | ".join(head) + " |", "|--:|:--" + "|--:" * (len(head) - 2) + "|"]
-    for k, arm in dict.fromkeys((row["k"], row["core"]) for row in summary["retrain"]):
-        rows = [row for row in summary["retrain"] if (row["k"], row["core"]) == (k, arm)]
-        cells = [str(k), arm.replace("_", " ") + (" (unbound)" if any(row["unbound"] for row in rows) else ""), str(len(rows)),
-                 f"{mean(r['L0']['core'] for r in rows):.1f}", f"{mean(r['L0']['total'] for r in rows):.1f}",
-                 _cell(rows, lambda r: r["fvu"]), _cell(rows, lambda r: r["loss_recovered"]),
-                 *(_cell(rows, lambda r, key=key: (r["saebench"] or {}).get(key)) for key in top)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    """By k: the baseline, and the distilled core of each kind."""
+    groups = [(k, name, rows) for (name, *_), mine in lines(summary, ["none", "distilled"]) for k, rows in by_k(mine).items()]
+    head = ["k", "SAE", "n", "core L0", "total L0", "FVU", "loss increase", "loss recovered, zero ablation", "mean ablation"]
+    return _table(head, ([k, name + (" (unbound)" if any(row["unbound"] for row in rows) else ""),
+                          len(units(rows, lambda row: row["fvu"])[0]), _mean(rows, lambda row: row["L0"]["core"], 1),
+                          _mean(rows, lambda row: row["L0"]["total"], 1),
+                          *(_mean(rows, lambda row, key=key: row[key])
+                            for key in ("fvu", "loss_increase", "loss_recovered", "loss_recovered_mean"))]
+                         for k, name, rows in sorted(groups, key=lambda group: group[0])), 2)
 
 
-def _number(value: float, interval: list[float] | None) -> str:
-    return f"{value:+.3f}" + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+def _probes(summary: Row) -> list[str]:
+    """Sparse probing of the main chain, and what needs no SAE."""
+    tops = [key for key in ("probe_top1", "probe_top5") if any(key in (row["saebench"] or {}) for row in summary["retrain"])]
+    if not tops or not (without := summary["probing_baselines"]):
+        return []
+    drawn = lines(summary, wanted=lambda row: tops[0] in (row["saebench"] or {}))
+    found = [f"Sparse probing, mean accuracy of {without['n_sets']} sets ({len(without['dropped'])} more, which a dense probe "
+             f"cannot do, are left out) over n training seeds; without an SAE: dense probe {without['dense']:.3f}, best single "
+             f"channel {without['best_channel']:.3f}, larger class {without['majority']:.3f}.", ""]
+    return found + _table(["SAE", "k", "n", *(f"top {key[9:]}" for key in tops)],
+                          ([name, k, len(rows), *(_mean(rows, lambda row, key=key: row["saebench"].get(key)) for key in tops)]
+                           for (name, *_), mine in drawn for k, rows in by_k(mine).items()))
 
 
 def _differences(summary: Row) -> list[str]:
     """One line per metric and k up to the distillation k: the claim is about low k."""
-    lines = ["| metric (better) | k | over training seeds | n | sign | over evaluation seeds |", "|:--|--:|:--|--:|:-:|:--|"]
-    for row in summary["differences"]:
-        if row["k"] <= summary["sizes"]["k"]:
-            name = f"{row['label']}{' †' * row['doubted']} ({BETTER[row['better']]})"
-            drawn = row["evaluation"] and _number(row["evaluation"]["value"], row["evaluation"]["interval"])
-            lines.append(f"| {name} | {row['k']} | {_number(row['value'], row['interval'])} | {row['n']} | {row['sign']} | "
-                         f"{drawn or '-'} |")
-    return lines
+    rows = [row for row in summary["differences"] if row["k"] <= summary["sizes"]["k"]]
+    return _table(["metric (better)", "k", "over training seeds", "n", "sign", "over evaluation seeds"],
+                  ([f"{row['label']}{' †' * row['doubted']} ({BETTER[row['better']]})", row["k"],
+                    _signed(row["value"], row["interval"], 3), row["n"], row["sign"],
+                    _signed(row["evaluation"]["value"], row["evaluation"]["interval"], 3) if row["evaluation"] else "-"]
+                   for row in rows))
 
 
 def _evals(summary: Row) -> list[str]:
-    lines = ["| eval | needs, beyond model and SAE | results here |", "|:--|:--|:--|"]
-    for name, row in summary["evals"].items():
-        ran = str(row["scores"]) if row["scores"] else f"not run: {row['not_run']}"
-        ran += f"; † {row['doubt']}" if row["doubt"] else ""
-        lines.append(f"| `{name}` | {row['needs']} | {ran} |")
-    return lines
+    return _table(["eval", "needs, beyond model and SAE", "results here"],
+                  ([f"`{name}`", row["needs"], (str(row["scores"]) if row["scores"] else f"not run: {row['not_run']}")
+                    + (f"; † {row['doubt']}" if row["doubt"] else "")] for name, row in summary["evals"].items()), 3)
 
 
-def _claims(summary: Row) -> list[str]:
-    lines = ["| claim | verdict | numbers |", "|:--|:--|:--|"]
-    return lines + [f"| {name}: {claim['claim']} | **{claim['verdict']}** | {claim['detail']} |"
-                    for name, claim in summary["claims"].items()]
-
-
-def _chains(summary: Row) -> list[str]:
-    """One line per distillation chain."""
-    settings = ("seed", "core_sparsity", "core_decoder_init", "core_bias_init")
-    main = {name: summary["sizes" if name != "seed" else "inputs"][name] for name in settings} | {"cycles": summary["cycles"]}
-    lines = ["| chain | core competes in BatchTopK | its decoder rows start | its biases | core sizes | core L0 / k | first FVU "
-             "| last FVU |", "|:--|:-:|:--|:--|:--|--:|--:|--:|"]
-    for name, chain in {"main": main, **summary["chains"]}.items():
-        cycles, own = chain["cycles"], "yes" if chain["core_sparsity"] == "batchtopk" else "no"
-        lines.append(f"| {name} | {own} | {chain['core_decoder_init']} | {chain['core_bias_init'].replace('_', ' ')} | "
-                     f"{' '.join(str(row['core_out']) for row in cycles)} | {cycles[-1]['core_share']:.2f} | "
-                     f"{cycles[0]['fvu']['full']:.4f} | {cycles[-1]['fvu']['full']:.4f} |")
-    return lines
+def _count(number: int, thing: str) -> str:
+    return f"one {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def results_block(summary: Row, made: Row, base_model: Row | None, extended: Row | None = None) -> str:
     """Markdown of the main numbers of one published run; ``made``: how its stages were made, from provenance.json.
 
-    ``extended``: the summary of the extended run, where one is published.
+    ``extended``: the summary of the extended run, where one is published: what needs several chains is taken from it.
     """
-    hardware, seconds = made["hardware"], made["seconds"]
-    lines = [BEGIN, ""]
+    found, chains, wide = [BEGIN, ""], extended or summary, "extended" if extended else "default"
     if base_model:
         nats, bits = base_model["nats_per_token"], base_model["bits_per_byte"]
-        lines += ["**The embedded model** on held-out text: " + ", ".join(
+        found += ["**The embedded model** on held-out text: " + ", ".join(
             f"{name} {nats[key]:.2f} nats per token ({bits[key]:.2f} bits per byte)"
             for name, key in [("model", "model"), ("3-gram with back-off", "trigram"), ("unigram", "unigram")]) + ".", ""]
-    lines += ["**Distillation**, one chain:", "", *_cycles(summary), ""]
+    if summary["regime"]:
+        found += ["**The regime**, of cycle 0 (without a bound: reported alone):", "", *_gates(summary)]
+    found += [f"**Distillation**, the default run's main chain ({kind_name(summary['sizes'])} core, k = {summary['sizes']['k']}). "
+              "Placebo: as many rows that nothing selected, frozen in an SAE beside it; rare: on fewer than 1 in 1000 tokens; loss "
+              "increase: nats per token above the bare model.", "", *_cycles(summary)]
     sizes = summary["final_core"]["sizes"]
-    lines += ["The \"final core\" under each reading: " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in sizes.items())
+    found += ["The \"final core\" under each reading: " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in sizes.items())
               + f"; retraining uses *{summary['final_core']['reading'].replace('_', ' ')}*.", ""]
-    lines += ["**Claims**, judged by code (95 % paired intervals over seeds):", "", *_claims(summary)]
+    judged, own = (len(judged_chains(one)) for one in (chains, summary))
+    where = (" of the extended run ([`results/extended`](results/extended/summary.json), [figures](figures/extended/README.md), "
+             f"{len(extended['retrain'])} retrained SAEs)") if extended else ""
+    found += ["**Claims**, judged by code with 95 % intervals; those about cores over "
+              f"{_count(judged, 'distillation chain')}{where}:", "", *_claims(chains)]
     if extended:
-        lines += ["", "**The extended run** ([`results/extended`](results/extended/summary.json), "
-                  f"[figures](figures/extended/README.md)): {len(extended['retrain'])} SAEs, every control at every k with three "
-                  "seeds, and further distillation chains, so that C1 and C2 have seeds of their own:", "", *_claims(extended), "",
-                  *_chains(extended)]
-    lines += ["", "**First answers to what reviewers asked of an earlier version:**", ""]
-    lines += [f"- *{name}, {row['question']}* {row['answer']}" for name, row in summary["reviewers"].items()]
-    lines += ["", "**Retraining**, means over seeds (thresholds set for a total L0 of k; *unbound*: the core alone exceeds k):",
-              "", *_retrained(summary), ""]
-    if baselines := summary["probing_baselines"]:
-        lines += [f"Probing without an SAE, mean accuracy of {baselines['n_sets']} sets ({len(baselines['dropped'])} more, which a "
-                  f"dense probe cannot do, are left out): dense probe {baselines['dense']:.3f}, "
-                  f"best single channel {baselines['best_channel']:.3f}, larger class {baselines['majority']:.3f}.", ""]
-    lines += ["**SAEBench**, by eval (results: one per SAE and evaluation seed):", "", *_evals(summary), "",
+        able = ", ".join(name for name, claim in summary["claims"].items() if claim["n"] > 1) or "no claim"
+        verdicts = {name: claim["verdict"] for name, claim in summary["claims"].items()}
+        found += [f"The default run has {_count(own, 'distillation chain')} of its kind and can decide {able} alone:", "",
+                  *_table(["claim", *verdicts], [["verdict", *verdicts.values()]], len(verdicts) + 1)]
+    if chains["chains"]:
+        found += [f"**Chains** of the {wide} run; those of the main one's kind, with other seeds, are its replicates:", "",
+                  *_chains(chains)]
+    if chains["identity"]:
+        pairs = len({(row["a"], row["b"]) for row in chains["identity"]})
+        found += [f"**Identity of cores**: latents of two chains matched one to one, mean over {_count(pairs, 'pair')} of chains:",
+                  "", *_identity(chains)]
+    k, rows = chains["sizes"]["k"], kinds(chains)[0].rows
+    varied = PLURAL[per_unit(advantage(rows, "distilled", k, "loss_increase"))[1]]
+    found += [f"**Controls** at the distillation k = {k} ({wide} run, {kind_name(chains['sizes'])} core), means and 95 % t "
+              f"intervals over n {varied}. Rank: participation rank of the core's encoder rows; frequency correlation: of the core "
+              "latents' frequencies with those of the same rows at the next k.", "", *_controls(chains)]
+    found += [f"**Retraining** over k ({wide} run), means over n {varied} (thresholds set for a total L0 of k; *unbound*: the "
+              "core alone reaches k):", "", *_retrained(chains)]
+    answers = {name: (chains if name in OF_CHAINS else summary)["reviewers"][name] for name in summary["reviewers"]}
+    found += ["**First answers to what reviewers asked of an earlier version**"
+              + (f" ({', '.join(OF_CHAINS)}: of the extended run):" if extended else ":"), ""]
+    found += [f"- *{name}, {row['question']}* {row['answer']}" for name, row in answers.items()]
+    found += ["", *_probes(summary), "**SAEBench**, by eval (results: one per SAE and evaluation seed):", "", *_evals(summary),
               "SAEs with the distilled core minus the Matryoshka baseline at measured L0, paired by training seed, with 95 % t "
-              "intervals (sign ?: it contains 0); and at equal k over evaluation seeds, for the first training seed:",
-              "", *_differences(summary), ""]
-    more = seconds.get("saebench_suite")
-    seconds = {name: value for name, value in seconds.items() if name != "saebench_suite"}
-    lines += [f"Wall clock by kind of stage on {hardware['cores']} cores of {hardware['cpu']}: "
+              "intervals (sign ?: it contains 0; loss increase in nats); and at equal k over evaluation seeds, for the first "
+              "training seed:", "", *_differences(summary)]
+    hardware, seconds = made["hardware"], dict(made["seconds"])
+    more = seconds.pop("saebench_suite", None)
+    found += [f"Wall clock of the default run by kind of stage on {hardware['cores']} cores of {hardware['cpu']}: "
               + ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items())
               + f"; {sum(seconds.values()) / 60:.1f} min in all"
               + (f", and {more / 60:.1f} min for `make saebench`." if more else "."), "", END]
-    return "\n".join(lines)
+    return "\n".join(found)
 
 
 def current_block(root: Path) -> str:

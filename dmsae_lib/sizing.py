@@ -171,9 +171,10 @@ class SAESize:
             ops.append(Op("AuxK", 8 * batch * rows * d_in, 4 * operands * rows / self.d_sae + 28 * batch * rows))
         return ops
 
-    def encode(self, tokens: float) -> Op:
-        """Inference activations of ``tokens``, and what is counted in them."""
-        return Op("SAE encode", 2 * tokens * self.d_in * self.d_sae, ENCODE_BYTES * tokens * self.d_sae)
+    def encode(self, tokens: float, first: int | None = None) -> Op:
+        """Inference activations of ``tokens``, all or those of the ``first`` latents, and what is counted in them."""
+        latents = self.d_sae if first is None else first
+        return Op("SAE encode", 2 * tokens * self.d_in * latents, ENCODE_BYTES * tokens * latents)
 
     def decode(self, tokens: float) -> Op:
         """Reconstructions of ``tokens`` from every prefix, dense."""

@@ -92,10 +92,10 @@ class Sizing:
 
     def _attribute(self, sae: SAESize) -> list[Op]:
         tokens, context = self.text.collected(self.config.data.select_tokens), self.config.model.context_size
-        candidates = sae.core + sae.prefixes[0]
-        back = self.shape.backward(tokens / self.text.usable, self.shape.layers - self.blocks, context, self.element)
-        return [self.lower(tokens), self.whole(tokens), back, sae.encode(tokens / self.text.usable),
-                Op("contributions", 4 * tokens * candidates * sae.d_in, 120 * tokens * candidates)]  # sums in float64
+        positions, candidates = tokens / self.text.usable, sae.core + sae.prefixes[0]  # encoded and decoded at all positions
+        back = self.shape.backward(positions, self.shape.layers - self.blocks, context, self.element)
+        return [self.lower(tokens), self.whole(tokens), back, sae.encode(positions, candidates),
+                Op("contributions", 2 * (positions + tokens) * candidates * sae.d_in, 120 * tokens * candidates)]  # sums in float64
 
     def _streamed(self, jobs: Iterable[tuple[bool, int]]) -> float:
         """Tokens that the model makes for (fresh, factor) jobs of one order: they share a pass, ``together`` at most."""

@@ -1,7 +1,6 @@
 """The core over hand-made cycles: rows, lineage, readings, round trip; and the control cores."""
 
 import numpy as np
-
 import pytest
 import torch
 

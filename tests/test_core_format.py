@@ -46,7 +46,8 @@ def test_what_was_exported_is_what_the_run_retrains_with(run, folder):
     assert torch.equal(core.rows, arms.core.rows) and core.latents == arms.core.latents
     assert core.W_enc.shape == (32, len(core)) and core.W_enc.dtype == torch.float32 and core.rows.is_contiguous()
     assert (core.scale, core.hook_name, core.d_in) == (tiny_core.SCALE, "blocks.0.hook_resid_post", 32)
-    assert core.record["parents"]["core"] == load(run.cycle(tiny_core.CYCLES, "core"), "core").hash and core.record["parents"]["core_before"] == arms.core.parent
+    assert core.record["parents"]["core"] == load(run.cycle(tiny_core.CYCLES, "core"), "core").hash
+    assert core.record["parents"]["core_before"] == arms.core.parent
     assert core.record["distilled"]["reading"] == "last_two" and 0 < len(core) < 3 * tiny_core.PREFIXES[0]
 
 

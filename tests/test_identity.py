@@ -25,8 +25,8 @@ def test_the_same_core_in_another_order_and_sign_is_the_same():
     rows, f = random(7, 30, seed=2), random(200, 7, seed=3).relu()
     order = torch.randperm(7, generator=torch.Generator().manual_seed(4))
     found = compared(rows, -2 * rows[order], f, 3 * f[:, order])
-    assert found["size"] == 7 and [found[name] for name in ("cosine", "cosine_above", "activation", "activation_above", "span")] == (
-        pytest.approx([1.0] * 5, abs=1e-5))
+    means = [found[name] for name in ("cosine", "cosine_above", "activation", "activation_above", "span")]
+    assert found["size"] == 7 and means == pytest.approx([1.0] * 5, abs=1e-5)
 
 
 def test_a_rotation_in_the_span_keeps_the_span_and_loses_the_latents():

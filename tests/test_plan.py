@@ -75,7 +75,8 @@ def test_a_chain_has_cycles_of_its_own_that_share_the_harvest():
 
 
 def test_every_notebook_has_the_parameters_that_its_stages_give():
-    config = RunConfig.model_validate(TOY | {"name": "toy", "distill": {"cycles": 1, "chains": [{"name": "other", "seed": 1, "retrain": ["distilled"]}]}})
+    other = {"name": "other", "seed": 1, "retrain": ["distilled"]}
+    config = RunConfig.model_validate(TOY | {"name": "toy", "distill": {"cycles": 1, "chains": [other]}})
     for stage in stages(config):
         notebook = nbformat.read(ROOT / "notebooks" / f"{stage.notebook}.ipynb", as_version=4)
         given = {"config": "toy", "run": "toy"} | {name: str(value) for name, value in stage.parameters.items()}

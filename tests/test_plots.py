@@ -2,7 +2,9 @@
 
 import re
 import shutil
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import factory
 import matplotlib.image
@@ -11,17 +13,46 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from dmsae_lib.artifacts import UserError, write_json
-from dmsae_lib.plot_style import ARMS, SMALL
+from dmsae_lib.plot_style import ARMS, KINDS, OTHER_KINDS, SMALL, kinds, lines, units
 from dmsae_lib.plots import FIGURES, draw_all
 from dmsae_lib.plots_saebench import reference_rows
 from dmsae_lib.results import Results
+from dmsae_lib.settings import CONTROLS, Chain
+from dmsae_lib.summary import write_summary
+from dmsae_lib.verdicts import t_interval
 
 ROOT = Path(__file__).parents[1]
+REPLICATES = ["main", "seed1", "seed2"]
+OTHER = OTHER_KINDS[0]  # colour and marker of the ReLU chains
 
 
-def published(root, *arguments, base_model=True, **keywords):
+def several_chains():
+    """Two replicates of an equal-L0 main chain, each with its own retraining, and two chains with the paper's ReLU core."""
+    equal, arms = {"core_sparsity": "batchtopk", "core_decoder_init": "encoder"}, ["none", "distilled", *CONTROLS, "warm_start"]
+    chains = [Chain(name=f"seed{n}", seed=n, retrain=arms, **equal) for n in (1, 2)]
+    chains += [Chain(name=f"relu{n}", seed=n, retrain=["distilled"]) for n in (0, 1)]
+    config = factory.config(cycles=2, ks=(64, 96), seeds=(0,), controls={})
+    distill = {"chains": chains, "placebos": ["random_directions", "data_points"]}
+    return config.model_copy(update={"training": config.training.model_copy(update=equal),
+                                     "distill": config.distill.model_copy(update=distill),
+                                     "retrain": config.retrain.model_copy(update={"arms": arms})})
+
+
+def identity():
+    """Three kinds of rows for each pair of replicates."""
+    return [{"a": a, "b": b, "kind": kind, "size": 70, "cosine": cosine + 0.01 * i, "cosine_above": 0.1, "span": 0.4 + 0.02 * i,
+             "span_chance": 0.3, "activation": None if kind == "random" else 0.5 + 0.03 * i, "activation_above": None}
+            for i, (a, b) in enumerate(combinations(REPLICATES, 2))
+            for kind, cosine in (("cores", 0.5), ("plain", 0.3), ("random", 0.2))]
+
+
+def published(root, *arguments, base_model=True, identity=(), **keywords):
     """A results folder whose run is gone: figures can use nothing else."""
-    folder = factory.publish(factory.build_run(root, *arguments, **keywords), base_model)
+    run = factory.build_run(root, *arguments, **keywords)
+    folder = factory.publish(run, base_model)
+    if identity:
+        shutil.rmtree(folder)
+        shutil.copytree(write_summary(run, identity=identity), folder)
     if base_model:
         shutil.copytree(ROOT / "results" / "reference", folder.parent / "reference")
         stage = {"kind": "train", "processes": 8, "work_seconds": 2.0, "start_up_seconds": 3.0, "measured_seconds": 9.0}
@@ -44,15 +75,20 @@ def smoke(tmp_path_factory):
     return published(tmp_path_factory.mktemp("smoke"), config, scored=False, base_model=False)
 
 
-@pytest.fixture(scope="module", params=["full", "smoke"])
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    return published(tmp_path_factory.mktemp("several"), several_chains(), identity=identity())
+
+
+@pytest.fixture(scope="module", params=["full", "smoke", "several"])
 def results(request):
     return Results(request.getfixturevalue(request.param))
 
 
 @pytest.fixture(scope="module")
-def drawn(full, tmp_path_factory):
+def drawn(several, tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
-    return folder, draw_all(full, folder)
+    return folder, draw_all(several, folder)
 
 
 def test_every_figure_is_there_and_not_blank(drawn):
@@ -64,33 +100,42 @@ def test_every_figure_is_there_and_not_blank(drawn):
         assert path.with_suffix(".svg").stat().st_size > 5000
 
 
-def test_the_same_bytes_every_time(drawn, full, tmp_path):
+def test_the_same_bytes_every_time(drawn, several, tmp_path):
     folder, _ = drawn
-    draw_all(full, tmp_path)
+    draw_all(several, tmp_path)
     names = sorted(path.name for path in folder.iterdir())
     assert names == sorted(path.name for path in tmp_path.iterdir()) and len(names) == 2 * len(FIGURES) + 1
     assert [n for n in names if (folder / n).read_bytes() != (tmp_path / n).read_bytes()] == []
 
 
-def test_svg_has_no_date_and_names_its_summary(drawn, full):
+def test_svg_has_no_date_and_names_its_summary(drawn, several):
     folder, _ = drawn
     for path in folder.glob("*.svg"):
         text = path.read_text(encoding="utf-8")
         assert "dc:date" not in text and not re.search(r"20\d\d-\d\d-\d\d", text)
-        assert Results(full).hash in text
+        assert Results(several).hash in text
 
 
-def test_captions_stand_beside_the_figures(drawn, full):
+def test_captions_stand_beside_the_figures(drawn, several):
     page = (drawn[0] / "README.md").read_text(encoding="utf-8")
-    assert Results(full).hash in page and page.count("![") == len(FIGURES)
-    assert "95 % t interval over 3 training seeds (one distilled core); hollow" in page
+    assert Results(several).hash in page and page.count("![") == len(FIGURES)
+    assert "95 % t interval over 3 distillation chains" in page
+
+
+def test_error_bars_say_what_varied(full, several):
+    """Seeds where there is one chain, of which controls have fewer; else chains."""
+    over = {folder: FIGURES["3_distilled_vs_random"](Results(folder)).get_label() for folder in (full, several)}
+    assert "95 % t interval over up to 3 training seeds (one distilled core)" in over[full]
+    assert "hollow: unbound" in FIGURES["8_quality_vs_l0"](Results(full)).get_label()
+    assert "95 % t interval over 3 distillation chains" in over[several] and "seeds" not in over[several]
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_axes_are_labelled_and_text_is_readable(results, name):
     figure = FIGURES[name](results)
-    if name in ("9_base_model", "10_sizing", "11_paper_scale") and "smoke" in str(results.folder):
-        assert figure is None  # no record was published
+    recorded = ("9_base_model", "10_sizing", "11_paper_scale")
+    if name in recorded and "smoke" in str(results.folder) or name == "14_core_identity" and not results.summary["identity"]:
+        assert figure is None  # no record was published, or there is one chain
         return
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -126,7 +171,7 @@ def test_a_notebook_cell_shows_a_figure(smoke):
 
 def test_without_seeds_there_are_no_error_bars(smoke):
     caption = FIGURES["8_quality_vs_l0"](Results(smoke)).get_label().lower()
-    assert "one seed, no error bars" in caption and "interval" not in caption
+    assert "one sae each, no error bars" in caption and "interval" not in caption
 
 
 def test_what_was_not_run_is_said(smoke):
@@ -140,7 +185,7 @@ def test_no_distilled_arm_leaves_its_panel_out(tmp_path):
     config = config.model_copy(update={"retrain": config.retrain.model_copy(update={"arms": ["none"]})})
     folder = published(tmp_path, config, scored=False)
     assert len(FIGURES["6_core_share_of_k"](Results(folder)).axes) == 1
-    assert [name for name, draw in FIGURES.items() if not draw(Results(folder))] == ["12_saebench_differences"]
+    assert [name for name, draw in FIGURES.items() if not draw(Results(folder))] == ["12_saebench_differences", "14_core_identity"]
 
 
 def test_released_saes_stand_behind_a_run_on_their_model_alone(full, tmp_path):
@@ -156,7 +201,7 @@ def test_released_saes_stand_behind_a_run_on_their_model_alone(full, tmp_path):
     ours.summary["inputs"]["model"]["name"] = "google/gemma-2-2b"
     figure = FIGURES["11_paper_scale"](ours)
     (axes,) = figure.axes
-    assert {"DMSAE, distilled core", "released Matryoshka"} <= {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"DMSAE (ReLU core)", "released Matryoshka"} <= {text.get_text() for text in figure.legends[0].get_texts()}
     behind = max(line.get_zorder() for line in axes.lines if line.get_label().startswith("released"))
     mine = [line for line in axes.lines if len(line.get_xdata()) and line.get_color() == ARMS["distilled"][1]]
     assert mine and all(line.get_zorder() > behind for line in mine)
@@ -168,11 +213,136 @@ def test_differences_show_value_and_interval(full):
     points = {round(float(line.get_xdata()[0]), 6) for line in axes.lines if len(line.get_xdata()) == 1}
     assert {round(row["value"], 6) for row in rows} == points
     bars = {tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2}
-    assert {tuple(row["interval"]) for row in rows} <= bars
+    assert {tuple(row["interval"]) for row in rows if row["interval"]} <= bars
 
 
 def test_arms_differ_in_colour_and_in_marker():
-    assert len({colour for _, colour, _ in ARMS.values()}) == len({marker for *_, marker in ARMS.values()}) == len(ARMS)
+    looks = [look[1:] for look in ARMS.values()] + list(OTHER_KINDS)
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
+
+
+def points(axes, marker):
+    """(x, y) of the single points with a marker."""
+    return sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines
+                  if len(line.get_xdata()) == 1 and line.get_marker() == marker)
+
+
+def mean(rows, value, **wanted):
+    """Mean over chains of a value of the retrain rows; each has one training seed."""
+    return fmean(value(row) for row in rows if all(row[key] == item for key, item in wanted.items()))
+
+
+@pytest.fixture
+def apart(several):
+    """Results in which the ReLU chains lie far from the others, so that no mean can hide them."""
+    found = Results(several)
+    for row in found.summary["retrain"]:
+        if row["chain"].startswith("relu"):
+            row |= {"loss_increase": 9.0, "fvu": 5.0, "unbound": row["k"] == 64}
+    return found
+
+
+def test_kinds_of_core_are_told_apart(several):
+    summary = Results(several).summary
+    main, relu = kinds(summary)
+    assert (main.name, list(main.chains)) == (KINDS["batchtopk"], REPLICATES)
+    assert (relu.name, list(relu.chains), (relu.colour, relu.marker)) == ("ReLU", ["relu0", "relu1"], OTHER)
+    assert {row["chain"] for row in main.rows} == set(REPLICATES) and {row["chain"] for row in relu.rows} == set(relu.chains)
+    summary["chains"] |= {"again": summary["chains"]["seed1"], "biases": summary["chains"]["relu0"] | {
+        "core_bias_init": "match_frequency", "core_decoder_init": "encoder"}}
+    names = {kind.name: list(kind.chains) for kind in kinds(summary)}  # a chain that repeats another is none of them
+    assert names == {"equal-L0": REPLICATES, "ReLU": ["relu0", "relu1"], "ReLU, encoder decoder, biases by frequency": ["biases"]}
+
+
+def test_a_line_is_an_arm_of_one_kind_of_core(apart):
+    found = {label: rows for (label, *_), rows in lines(apart.summary)}
+    assert {row["chain"] for row in found["DMSAE (equal-L0 core)"]} == set(REPLICATES)
+    assert {row["chain"] for row in found["DMSAE (ReLU core)"]} == {"relu0", "relu1"} and len(found) == 10
+    assert "Matryoshka baseline" not in {label for (label, *_), _ in lines(apart.summary, wanted=lambda row: row["core"] != "none")}
+    values, varied = units(found["principal components"], lambda row: row["fvu"])
+    assert len(values) == 3 and varied == "distillation chain"
+
+
+def test_quality_shows_means_over_replicates_and_relu_beside(apart):
+    rows = [row for row in apart.summary["retrain"] if row["chain"] in REPLICATES]
+    figure = FIGURES["8_quality_vs_l0"](apart)
+    for axes, metric in zip(figure.axes[:2], ("loss_increase", "fvu")):
+        for arm in ("none", "distilled", "pca", "warm_start"):
+            expected = [(mean(rows, lambda row: row["L0"]["total"], core=arm, k=k),
+                         mean(rows, lambda row, m=metric: row[m], core=arm, k=k)) for k in (64, 96)]
+            assert points(axes, ARMS[arm][2]) == [pytest.approx(pair) for pair in expected]
+        assert [y for _, y in points(axes, OTHER[1])] == [9.0 if metric == "loss_increase" else 5.0] * 2
+        filled = [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == OTHER[1] and len(line.get_xdata())]
+        assert filled == ["white", OTHER[0]]  # unbound at k = 64, not at 96
+
+
+def test_quality_is_compared_at_measured_l0(apart):
+    """Chain i lies JITTER (i - 1) beyond the effect, the controls a tenth more."""
+    above, _, below, _ = FIGURES["8_quality_vs_l0"](apart).axes
+    assert [y for _, y in points(below, ARMS["pca"][2])] == pytest.approx([factory.EFFECT["pca"]] * 2, abs=1e-6)
+    assert not points(below, OTHER[1])  # a ReLU chain has no baseline of its own
+    assert not points(below, ARMS["none"][2]) and above.get_yscale() == "log"
+
+
+def test_controls_show_every_sae_of_the_replicates_with_ranks_and_intervals(apart):
+    figure = FIGURES["3_distilled_vs_random"](apart)
+    rows = [row for row in apart.summary["retrain"] if row["k"] == 64 and row["chain"] in REPLICATES]
+    for axes, metric in zip(figure.axes, ("loss_increase", "fvu")):
+        for arm in ("none", "distilled", *CONTROLS, "warm_start"):
+            values = [row[metric] for row in rows if row["core"] == arm]
+            assert [x for x, _ in points(axes, ARMS[arm][2])] == sorted(values) and len(values) == 3
+            bars = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "|" and line.get_color() == ARMS[arm][1]]
+            assert bars == ([t_interval(values)] if t_interval(values) else [])
+        assert max(line.get_xdata()[0] for line in axes.lines) < 1  # no ReLU core among them
+    shown = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    l0 = mean(rows, lambda row: row["L0"]["core"], core="pca")
+    assert f"principal components\nrank 30.0, L0 {l0:.1f} of 63.7" in shown and "warm start, unfrozen\nno core, L0 63.7" in shown
+
+
+def test_core_share_has_a_line_per_chain_and_a_mean_per_kind(several):
+    results = Results(several)
+    left, right = FIGURES["6_core_share_of_k"](results).axes
+    for kind in kinds(results.summary):
+        drawn = [list(line.get_ydata()) for line in left.lines if line.get_color() == kind.colour]
+        shares = [[row["core_share"] for row in rows] for rows in kind.chains.values()]
+        assert drawn == [*shares, [pytest.approx(fmean(values)) for values in zip(*shares)]]
+        assert points(right, kind.marker) == [(k, pytest.approx(mean(kind.rows, lambda row: row["L0"]["core"] / row["k"], k=k,
+                                                                     core="distilled"))) for k in (64, 96)]
+    assert {0.75, 1} <= {line.get_ydata()[0] for line in left.lines}
+
+
+def test_reselection_shows_cores_placebos_and_uniform_selection(several):
+    results = Results(several)
+    (axes,) = FIGURES["13_reselected"](results).axes  # placebos run beside the main chain's kind alone
+    named = {line.get_label(): line for line in axes.lines}
+    chains = [rows[1:] for rows in kinds(results.summary)[0].chains.values()]
+    core = [fmean(rows[t]["kept"] / rows[t]["core_in"] for rows in chains) for t in (0, 1)]
+    placebo = [fmean(rows[t]["placebos"]["data_points"]["kept"] / rows[t]["core_in"] for rows in chains) for t in (0, 1)]
+    uniform = [fmean(rows[t]["core_out"] / (rows[t]["core_in"] + factory.M_0) for rows in chains) for t in (0, 1)]
+    for label, values in {"distilled core": core, "placebo: random activations": placebo, "uniform selection": uniform}.items():
+        assert list(named[label].get_xdata()) == [1, 2] and list(named[label].get_ydata()) == pytest.approx(values)
+    assert sum(line.get_linewidth() < 1 for line in axes.lines) == 3 * 3  # a thin line per chain: the core, two kinds of placebo
+    for chain in (results.summary, *results.summary["chains"].values()):
+        for row in chain["cycles"]:
+            row["placebos"] = {}
+    assert FIGURES["13_reselected"](results) is None
+
+
+def test_identity_shows_every_pair_and_the_chance_of_spans(several):
+    axes = FIGURES["14_core_identity"](Results(several)).axes
+    for panel, metric in zip(axes, ("cosine", "activation", "span")):
+        for y, (kind, arm) in enumerate((("cores", "distilled"), ("plain", "none"), ("random", "random_directions"))):
+            values = [row[metric] for row in identity() if row["kind"] == kind and row[metric] is not None]
+            (drawn,) = [line for line in panel.lines if line.get_marker() == ARMS[arm][2]] or [None]
+            assert (list(drawn.get_xdata()), set(drawn.get_ydata())) == (pytest.approx(values), {y}) if values else drawn is None
+    ticks = {line.get_xdata()[0] for line in axes[2].lines if line.get_color() == "#a0a0a0"}
+    assert ticks == {0.3} and not [line for line in axes[0].lines if line.get_color() == "#a0a0a0"]
+
+
+def test_figure_2_is_about_the_main_chain(several):
+    (axes,) = FIGURES["2_core_by_origin"](Results(several)).axes
+    totals = [sum(bars[t].get_height() for bars in axes.containers) for t in range(3)]
+    assert totals == factory.SIZES[:3]
 
 
 def test_a_missing_table_is_named(full, tmp_path):

@@ -3,6 +3,7 @@
 import gc
 import json
 import struct
+from types import SimpleNamespace
 
 import factory
 import numpy as np
@@ -14,13 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from dmsae_lib import activations, artifacts
 from dmsae_lib.artifacts import UserError
+from dmsae_lib.attribution import attribute
 from dmsae_lib.config import load_config
 from dmsae_lib.corpus import tokenise
 from dmsae_lib.language_model import LanguageModel, next_token_loss
 from dmsae_lib.plan import stages as stages_of
 from dmsae_lib.plots_sizing import sizing
 from dmsae_lib.results import Results
-from dmsae_lib.sae import save_sae
+from dmsae_lib.sae import MatryoshkaSAE, save_sae
 from dmsae_lib.sizing import Machine, Op, SAESize, shape_of
 from dmsae_lib.sizing_stages import BLOCK_COPIES, DOCUMENTS, KINDS, Sizing, Stage, Text, published
 from dmsae_lib.training import Trainer
@@ -124,6 +126,19 @@ def test_a_sparse_step_leaves_the_encoder_and_the_core_to_dense_products():
     counted = sum(ops[name].flops for name in ("encoder", "core", "weights and Adam"))
     assert flops(lambda: trainer.train_step(toy_sae.batch(0))) == counted
     assert ops["active entries"].flops == 4 * 2 * toy_sae.BATCH * k * toy_sae.D_IN
+
+
+def test_attribution_takes_the_flops_of_its_candidates_at_all_positions():
+    """Of the SAE's part: the model is one that multiplies nothing. Half of each context is padding, which is encoded, too."""
+    config = load_config("default", ["data.select_tokens=1000", "model.context_size=16"])
+    sized = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(0.5, 8), core=5)
+    sae = MatryoshkaSAE(128, config.sae.d_sae, config.sae.prefixes, torch.ones(5, 128)).requires_grad_(False)
+    model = SimpleNamespace(bos=0, device="cpu", config=config.model, lower=lambda tokens: torch.ones(*tokens.shape, 128),
+                            upper=lambda tokens, resid: resid * 1)  # fmt: skip
+    split = {"tokens": np.full((128, 16), 7), "lengths": np.full(128, 8)}
+    assert activations.usable_count(split, 0).sum() == sized.text.collected(1000)
+    ops = [op for op in sized._attribute(sized.cored) if not op.forward]
+    assert flops(lambda: attribute(model, sae, split)) == sum(op.flops for op in ops)
 
 
 def test_rows_are_gathered_from_memory_where_their_table_is_larger_than_the_cache():
