@@ -158,7 +158,7 @@ def reselected(results: Results) -> Figure | None:
         axes.set_ylim(-0.03, 1.03)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("cycle")
-        axes.set_ylabel("frozen rows selected again (fraction)")
+        axes.set_ylabel("frozen rows kept (fraction)")
         axes.set_title(f"{kind.name} core, {_chains(kind)}")
     named = {name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels())}
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=2)

@@ -50,9 +50,10 @@ def differences(results: Results) -> Figure | None:
     audit = " †: unreliable by an audit (arXiv 2605.18229)." if doubted else ""
     grey = (" Grey: 95 % t interval over evaluation seeds (texts, splits and probes) for the first training seed, at equal k."
             if drawn else "")  # fmt: skip
-    return style.finish(figure, results, "SAEs with the distilled core minus the Matryoshka baseline, paired by training seed; "
-                        f"hollow where the interval contains 0.{grey}{audit}",
-                        f"points: mean, bars: 95 % t interval over {SEEDS}")
+    bars = any(row["interval"] for row in rows)
+    return style.finish(figure, results, "SAEs with the main chain's core minus the Matryoshka baseline, paired by training seed; "
+                        f"hollow where no interval excludes 0.{grey}{audit}",
+                        f"points: mean, bars: 95 % t interval over {SEEDS}" if bars else "one training seed, no error bars")
 
 
 def reference_rows(results: Results) -> list[dict[str, Any]]:

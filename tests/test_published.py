@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dmsae_lib.config import load_config
+from dmsae_lib.equal_l0 import L0_MARGIN
 from dmsae_lib.regime import choose_rate
 from dmsae_lib.results import Results
 
@@ -38,10 +39,14 @@ def test_it_was_made_from_todays_configuration(results):
     assert results.summary["inputs"]["config_hash"] == config.hash
 
 
-def test_every_sae_of_a_comparison_has_the_l0_that_it_was_set_to(results):
-    """Total L0 = k, within what the threshold's other text allows, wherever the SAE is not marked as unbound."""
-    bound = [row for row in results.summary["retrain"] if not row["unbound"]]
-    assert len(bound) > 10 and all(abs(row["L0"]["total"] / row["k"] - 1) < 0.04 for row in bound)
+def test_saes_that_are_compared_have_the_same_l0(results):
+    """Thresholds are set on other text, which moves the measured L0 of all of them alike: what counts is that an SAE lies near the
+    baseline of its own chain, seed and k, to which it is compared by interpolation."""
+    rows = results.summary["retrain"]
+    baseline = {(row["chain"], row["k"], row["seed"]): row["L0"]["total"] for row in rows if row["core"] == "none"}
+    ratios = [row["L0"]["total"] / baseline[place] for row in rows
+              if not row["unbound"] and (place := (row["chain"], row["k"], row["seed"])) in baseline]  # fmt: skip
+    assert len(ratios) > 10 and all(abs(ratio - 1) < L0_MARGIN for ratio in ratios)
 
 
 def test_control_cores_are_as_large_and_of_the_same_norms(results):
