@@ -192,7 +192,7 @@ def log_y(axes: Axes) -> None:
     """Logarithmic, with a few labels in each decade, where every value allows it."""
     if axes.dataLim.y0 > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5)))
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 6)))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_minor_locator(NullLocator())
 

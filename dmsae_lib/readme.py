@@ -17,7 +17,7 @@ from dmsae_lib.verdicts import t_interval
 BEGIN, END = "<!-- results: written by `make publish` -->", "<!-- end of results -->"
 BETTER = {1: "higher", -1: "lower", 0: "neither"}
 MATCHED = {"cores": "distilled cores", "plain": "first latents of plain SAEs", "random": "random rows"}
-OF_CHAINS = ("R1", "R5", "R6")  # answers that several chains give better than one
+OF_CHAINS = ("R1", "R5", "R6", "R13")  # answers that several chains give better than one
 Row = dict[str, Any]
 
 

@@ -63,7 +63,8 @@ def test_outside_model_by_every_stage(test_model, run_name):
     assert {row["core"] for row in summary["retrain"]} == {"none", "distilled", "random"}
     for row in summary["retrain"]:
         assert row["loss_recovered"] > 0.5, row
-        assert row["saebench"]["ce_loss_score"] > 0.5 if row["core"] in run.config.saebench.arms else row["saebench"] is None, row
+        scored = row["chain"] == "main" and row["core"] in run.config.saebench.arms
+        assert row["saebench"]["ce_loss_score"] > 0.5 if scored else row["saebench"] is None, row
     assert len(list((run.folder / "figures").glob("*.png"))) >= 8
 
 

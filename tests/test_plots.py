@@ -216,6 +216,12 @@ def test_differences_show_value_and_interval(full):
     assert {tuple(row["interval"]) for row in rows if row["interval"]} <= bars
 
 
+def test_differences_of_one_seed_claim_no_interval(several):
+    figure = FIGURES["12_saebench_differences"](Results(several))
+    assert "one training seed, no error bars" in figure.get_label().lower() and "t interval" not in figure.get_label()
+    assert all(len(line.get_xdata()) == 1 for line in figure.axes[0].lines[1:] if len(line.get_xdata()))
+
+
 def test_arms_differ_in_colour_and_in_marker():
     looks = [look[1:] for look in ARMS.values()] + list(OTHER_KINDS)
     assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(looks)

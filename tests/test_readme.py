@@ -161,5 +161,5 @@ def test_without_an_extended_run_the_default_gives_every_table(default):
 
 def test_answers_about_chains_are_those_of_the_extended_run(default, extended):
     block = results_block(default, MADE, None, extended)
-    for name, one in (("R3", default), ("R4", default), ("R1", extended), ("R5", extended), ("R6", extended)):
+    for name, one in (("R3", default), ("R4", default), ("R1", extended), ("R5", extended), ("R6", extended), ("R13", extended)):
         assert f"- *{name}, {one['reviewers'][name]['question']}* {one['reviewers'][name]['answer']}" in block

@@ -215,12 +215,13 @@ def test_when_where_and_how_fast_it_was_made_is_not_in_the_summary(small, monkey
     folder = write_summary(small)
     before = load(folder, "summary")
     texts = {name: (folder / name).read_bytes() for name in [*before.files, "manifest.json"]}
-    monkeypatch.setattr(Stages, "seconds", lambda _: {"train": 99.0})
+    monkeypatch.setattr(Stages, "notebooks", lambda _: {"train": [90.0, 9.0]})
     monkeypatch.setattr(artifacts, "provenance", lambda *_: {"commit": "another", "created": "1999"})
     write_summary(small)
     again = load(folder, "summary")
     assert again.hash == before.hash and texts == {name: (folder / name).read_bytes() for name in texts}
     assert again.provenance["stages"]["seconds"] == Results(folder).made["seconds"] == {"train": 99.0}
+    assert Results(folder).made["processes"] == {"train": 2}
     assert again.provenance["commit"] == "another" != before.provenance["commit"]
     assert Results(folder).made["versions"] == before.provenance["versions"]
 
