@@ -177,6 +177,10 @@ def _new_rows(kind: str, rows: Tensor, x: Tensor, random: torch.Generator) -> Te
         basis = torch.linalg.svd(rows, full_matrices=False).Vh[: torch.linalg.matrix_rank(rows)]
         turn = torch.linalg.qr(torch.randn(len(basis), len(basis), generator=random)).Q
         return F.normalize(rows @ basis.T @ turn @ basis, dim=1)
+    most, setting = (2 * d_in, "sae.prefixes[0]") if kind == "pca" else (len(x), "data.train_tokens or lower sae.prefixes[0]")
+    if size > most:
+        raise UserError(f"The control core {kind} needs {size} rows and can have {most} at most: "
+                        f"{'lower' if kind == 'pca' else 'raise'} {setting}, or drop the control.")
     centred = x - x.mean(0)
     if kind == "data_points":
         return F.normalize(centred[torch.randperm(len(x), generator=random)[:size]], dim=1)

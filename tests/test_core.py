@@ -268,5 +268,10 @@ def test_too_small_a_pool_is_refused():
     for kind in ("random", "most_frequent"):
         with pytest.raises(UserError, match=rf"control core {kind} needs 5 latents .* hold 4 that differ: raise sae.prefixes"):
             control_core(kind, CORE, make_pool(4), X, seeded(0))
+    large = Core(0, torch.ones(13, D_IN), [Latent(str(i), 0, i, i) for i in range(13)])
+    with pytest.raises(UserError, match="pca needs 13 rows and can have 12 at most: lower sae.prefixes"):
+        control_core("pca", large, None, X, seeded(0))
+    with pytest.raises(UserError, match="data_points needs 13 rows and can have 9 at most: raise data.train_tokens"):
+        control_core("data_points", large, None, X[:9], seeded(0))
     with pytest.raises(UserError, match="no control core 'lucky'"):
         control_core("lucky", CORE, make_pool(), X, seeded(0))
