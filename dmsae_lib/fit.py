@@ -66,8 +66,10 @@ class Harvest:
         """Normalised activations (SAMPLE or fewer, d_in) on the CPU, whatever is trained."""
         found, size = [], self.run.config.training.batch_size
         for x, (epoch, _, _) in self.source().batches(size, self.run.config.seed, "sample"):
+            if epoch and found:  # all there are; a second time they would be copies
+                return torch.cat(found)
             found.append(x.cpu())
-            if epoch or sum(map(len, found)) >= SAMPLE:
+            if sum(map(len, found)) >= SAMPLE:
                 return torch.cat(found)[:SAMPLE]
         raise AssertionError("batches are endless")
 

@@ -79,7 +79,8 @@ def identity_rows(run: Run, residuals: Sequence[Tensor]) -> list[dict[str, Any]]
         where = [latent.index for latent in core.latents]
         of[chain] = {
             "cores": (core.rows, _activations(sae, residuals, where)),
-            "plain": (free[:n].cpu(), _activations(plain, residuals, list(range(n)))),
+            **({} if run.config.distill.from_sae else  # the same SAE in every chain
+               {"plain": (free[:n].cpu(), _activations(plain, residuals, list(range(n))))}),
             "random": (torch.randn(core.rows.shape, generator=generator(run.config.seed, "identity", chain)), None),
         }
     found = []
