@@ -88,7 +88,8 @@ def _chain_stages(config: RunConfig, chain: str) -> list[Stage]:
 
 def _retrain_stage(config: RunConfig, chain: str, cycles: tuple[str, ...]) -> Stage:
     """Every SAE that is trained with one chain's cores."""
-    settings = _slice(config.for_chain(chain), *COMPUTING, "seed", "sae", "training", *SELECTION, "distill.final_core")
+    settings = _slice(config.for_chain(chain), *COMPUTING, "seed", "sae", "training", *SELECTION, "distill.final_core",
+                      "distill.cycles")  # fmt: skip  # with fewer another core is the last one, of which nothing is newer
     settings["training"].pop("k")  # each of these SAEs has its own
     settings["saes"] = [f"k{k}/{arm}-seed{seed}" for k in config.retrain.ks for arm, seed in config.retrain_arms(k, chain)]
     if chain == "main":

@@ -79,3 +79,20 @@ def test_an_adopted_sae_is_exported_like_ours(harvest, tmp_path):
         back = load_foreign(export(artifact, tmp_path / name), model)
         assert back.widths == [6, 12, 24]
         torch.testing.assert_close(back.encode(x), foreign.encode(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_never_holds_an_activation_twice(harvest, monkeypatch):
+    """Rows that are frozen copies of each other would make a control weaker than it is."""
+    x = torch.arange(70.0)[:, None].expand(70, 4)
+
+    def batches(size, *_):
+        for epoch in range(9):
+            for start in range(0, 70 - size + 1, size):
+                yield x[start : start + size], (epoch, 0, start + size)
+
+    monkeypatch.setattr(Harvest, "source", lambda self: SimpleNamespace(batches=batches))
+    for size, sample, expected in ((10, 40, 40), (10, 45, 45), (10, 16_384, 70), (40, 16_384, 40)):
+        harvest.run.config = SimpleNamespace(training=SimpleNamespace(batch_size=size), seed=0)
+        monkeypatch.setattr(fit, "SAMPLE", sample)
+        harvest.__dict__.pop("sample", None)
+        assert len(harvest.sample) == len(harvest.sample[:, 0].unique()) == expected

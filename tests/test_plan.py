@@ -12,7 +12,7 @@ import pytest
 from clone import ROOT, TOY, make, make_clone, planned, write_script
 
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import RunConfig, open_run
+from dmsae_lib.config import RunConfig, load_config, open_run
 from dmsae_lib.plan import stages
 from dmsae_lib.run_lock import lock
 from dmsae_lib.run_notebook import check_parameters, parameters_of
@@ -240,3 +240,11 @@ def test_help_names_every_target():
     targets = next(line for line in makefile.splitlines() if line.startswith(".PHONY:")).split()[1:]
     shown = subprocess.run(["make", "-s"], cwd=Path(__file__).parents[1], capture_output=True, text=True).stdout
     assert all(f"make {target} " in shown for target in targets)
+
+
+def test_fewer_cycles_make_another_core_the_last_one():
+    """Nothing is newer then, so the parameters must tell: the SAEs that are there hold a core of a later cycle."""
+    config = load_config("default")
+    fewer = config.model_copy(update={"distill": config.distill.model_copy(update={"cycles": 6})})
+    slices = [next(stage.slice for stage in stages(c) if stage.name == "retrain") for c in (config, fewer)]
+    assert slices[0] != slices[1]
