@@ -32,14 +32,14 @@ class Arms:
 def open_arms(run: Run, chain: str = "main") -> Arms:
     """Load a chain's cores and first prefixes; ArtifactError where a cycle is missing."""
     cfg, cycles = run.config.for_chain(chain), []
-    prefix = "" if chain == "main" else f"chain_{chain}_"
     for t in range(cfg.distill.cycles + 1):
-        sae = artifacts.load(run.cycle(t, "sae", chain), "sae", f"stages STAGE={prefix}cycle_{t}_train")
-        table = artifacts.load(run.cycle(t, "attribution", chain), "attribution", f"stages STAGE={prefix}cycle_{t}_attribute")
+        sae = artifacts.load(run.cycle(t, "sae", chain), "sae", f"stages STAGE={run.stage(t, 'train', chain)}")
+        made_by = f"stages STAGE={run.stage(t, 'attribute', chain)}"
+        table = artifacts.load(run.cycle(t, "attribution", chain), "attribution", made_by)
         frequency = torch.tensor([float(row["frequency"]) for row in table.csv("table.csv")], dtype=torch.float64)
         cycles.append((t, load_sae(sae), frequency))
     last = cfg.distill.cycles
-    core = artifacts.load(run.cycle(last, "core", chain), "core", f"stages STAGE={prefix}cycle_{last}_distill")
+    core = artifacts.load(run.cycle(last, "core", chain), "core", f"stages STAGE={run.stage(last, 'distill', chain)}")
     return Arms(final_core(read_core(core), cfg.distill.final_core), candidate_pool(cycles), cfg.seed, chain)
 
 

@@ -222,6 +222,11 @@ class Run:
         """The folder of ``sae``, ``attribution``, ``core`` or a placebo of one cycle; chains of one seed share cycle 0."""
         return self.base(self.config.trains(chain, cycle)) / f"cycle_{cycle}" / part
 
+    def stage(self, cycle: int, step: str, chain: str = "main") -> str:
+        """The name of the stage that trains, attributes or distills (``step``) a cycle, in the chain where it lies."""
+        owner = self.config.trains(chain, cycle)
+        return f"{'' if owner == 'main' else f'chain_{owner}_'}cycle_{cycle}_{step}"
+
     def base(self, chain: str) -> Path:
         return self.folder if chain == "main" else self.folder / f"chain_{chain}"
 

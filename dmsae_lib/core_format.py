@@ -118,7 +118,7 @@ def export_core(run: Run, folder: Path | None = None, cycle: int | None = None, 
     cycle = last if cycle is None else cycle
     reading = reading or (config.distill.final_core if cycle == last else "all_of_last")
     harvest = artifacts.load(run.folder / "harvest", "harvest", "stages STAGE=harvest")
-    stage = f"stages STAGE={'' if chain == 'main' else f'chain_{chain}_'}cycle_{cycle}_"
+    stage = f"stages STAGE={run.stage(cycle, '', chain)}"
     sae = artifacts.load(run.cycle(cycle, "sae", chain), "sae", f"{stage}train")
     attribution = artifacts.load(run.cycle(cycle, "attribution", chain), "attribution", f"{stage}attribute")
     made = artifacts.load(run.cycle(cycle, "core", chain), "core", f"{stage}distill")

@@ -71,17 +71,17 @@ def _chain_stages(config: RunConfig, chain: str) -> list[Stage]:
             continue
         sae, attribution, core = (artefact(t, part) for part in ("sae", "attribution", "core"))
         before = (artefact(t - 1, "core"),) if t else ()
-        name = f"{'' if chain == 'main' else f'chain_{chain}_'}cycle_{t}"
         given = {"cycle": t} if chain == "main" else {"cycle": t, "chain": chain}
         settings = _slice(config, *COMPUTING, "seed", "sae", "training", *(["distill.placebos"] if t else []))
         if t == 0 and config.distill.from_sae:
             settings = _slice(config, *COMPUTING, "distill.from_sae", "distill.from_prefixes",
                               files=_fingerprint(config.distill.from_sae))  # fmt: skip
         found += [
-            Stage(f"{name}_train", "02_train_cycle", sae, ("harvest", *before), given, settings),
-            Stage(f"{name}_attribute", "03_attribute", attribution, ("harvest", sae, *before), given,
+            Stage(run.stage(t, "train", chain), "02_train_cycle", sae, ("harvest", *before), given, settings),
+            Stage(run.stage(t, "attribute", chain), "03_attribute", attribution, ("harvest", sae, *before), given,
                   _slice(config, *COMPUTING, *SELECTION, *(["distill.placebos"] if t else []))),
-            Stage(f"{name}_distill", "04_distill", core, (sae, attribution, *before), given, _slice(config, *SELECTION)),
+            Stage(run.stage(t, "distill", chain), "04_distill", core, (sae, attribution, *before), given,
+                  _slice(config, *SELECTION)),
         ]  # fmt: skip
     return found
 

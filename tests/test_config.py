@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import load_config, open_run
+from dmsae_lib.config import Run, load_config, open_run
 from dmsae_lib.settings import CONTROLS
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,8 @@ def test_extended_has_five_chains_of_each_kind_and_every_control_at_every_k():
         assert all(sorted(extended.retrain_arms(k, name)) == sorted((arm, 0) for arm in arms) for k in extended.retrain.ks)
         twin = next(other for other, kind in kinds.items() if kind[2] == seed)
         assert extended.trains(name, 0) == twin and extended.trains(name, 1) == name
+        prefix = "" if twin == "main" else f"chain_{twin}_"
+        assert Run(extended, "extended", ROOT).stage(0, "train", name) == f"{prefix}cycle_0_train"  # a stage that there is
         assert bool(settings[name].distill.placebos) == (sparsity == "batchtopk")
 
 
