@@ -4,11 +4,11 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dmsae_lib import artifacts
 from dmsae_lib.config import Run
-from dmsae_lib.core import Core, Pool, candidate_pool, control_core, final_core, read_core
+from dmsae_lib.core import Core, Frozen, Pool, candidate_pool, control_core, final_core, read_core
 from dmsae_lib.sae import load_sae
 from dmsae_lib.seeds import generator
 from dmsae_lib.settings import CONTROLS, LONGER
@@ -33,29 +33,32 @@ def open_arms(run: Run, chain: str = "main") -> Arms:
     """Load a chain's cores and first prefixes; ArtifactError where a cycle is missing."""
     cfg, cycles = run.config.for_chain(chain), []
     for t in range(cfg.distill.cycles + 1):
-        sae = artifacts.load(run.cycle(t, "sae", chain), "sae", f"stages STAGE={run.stage(t, 'train', chain)}")
-        made_by = f"stages STAGE={run.stage(t, 'attribute', chain)}"
-        table = artifacts.load(run.cycle(t, "attribution", chain), "attribution", made_by)
-        frequency = torch.tensor([float(row["frequency"]) for row in table.csv("table.csv")], dtype=torch.float64)
-        cycles.append((t, load_sae(sae), frequency))
-    last = cfg.distill.cycles
-    core = artifacts.load(run.cycle(last, "core", chain), "core", f"stages STAGE={run.stage(last, 'distill', chain)}")
-    return Arms(final_core(read_core(core), cfg.distill.final_core), candidate_pool(cycles), cfg.seed, chain)
+        table = run.load(t, "attribution", chain).csv("table.csv")
+        frequency = torch.tensor([float(row["frequency"]) for row in table], dtype=torch.float64)
+        cycles.append((t, load_sae(run.load(t, "sae", chain)), frequency))
+    core = read_core(run.load(cfg.distill.cycles, "core", chain))
+    return Arms(final_core(core, cfg.distill.final_core), candidate_pool(cycles), cfg.seed, chain)
 
 
-def core_rows(arms: Arms, arm: str, seed: int, x: Tensor) -> tuple[Tensor | None, float | None]:
-    """Encoder rows (size, d_in) of an arm's core, None without one; and its overlap with the distilled core.
+def frozen(arms: Arms, arm: str, seed: int, x: Tensor) -> Frozen | None:
+    """What an arm freezes; ``warm_start`` and ``cold_start`` only begin with such rows. None where the SAE is an ordinary one.
 
-    ``x`` (tokens, d_in) are normalised activations, of which some controls are made. The overlap is None for rows that are
-    no latents, and for arms without a core.
+    ``x`` (tokens, d_in) are normalised activations, of which some controls are made.
     """
     if arm == "none" or arm in LONGER:
-        return None, None
-    if arm not in CONTROLS:
-        return arms.core.rows, 1.0
-    rows, ids = control_core(arm, arms.core, arms.pool, x, generator(arms.seed, "control", arms.chain, arm, seed))
+        return None
+    random = generator(arms.seed, "control", arms.chain, arm, seed)
+    if arm in CONTROLS:
+        return control_core(arm, arms.core, arms.pool, x, random)
+    if arm == "cold_start":  # what free latents start with
+        return Frozen(F.normalize(torch.randn(arms.core.rows.shape, generator=random), dim=1))
+    return Frozen(arms.core.rows, [latent.id for latent in arms.core.latents], arms.frequency)
+
+
+def overlap(arms: Arms, ids: list[str] | None) -> float | None:
+    """Share of latents ``ids`` that the distilled core holds; None for rows that are no latents."""
     members = {latent.id for latent in arms.core.latents}
-    return rows, sum(name in members for name in ids) / len(rows) if ids else None
+    return None if ids is None else sum(name in members for name in ids) / len(ids)
 
 
 def rows_hash(rows: Tensor) -> str:

@@ -156,11 +156,13 @@ def describe(table: AttributionTable, coverage: float, aggregator: str) -> dict[
             "coverage_curve": curve}
 
 
-def selected_again(table: AttributionTable, coverage: float, aggregator: str) -> dict[str, float]:
-    """What the selection makes of the frozen rows: {core_in, kept, selected}, and the chosen candidates' median frequency.
+def selected_again(table: AttributionTable, coverage: float, aggregator: str) -> dict[str, Any]:
+    """What the selection makes of the frozen rows: {core_in, kept, rows, selected}, and the chosen candidates' median frequency.
 
-    ``kept`` of the ``core_in`` frozen rows are among the ``selected``; for a placebo's rows that is the null of claim C2.
+    ``kept`` of the ``core_in`` frozen rows, those numbered ``rows``, are among the ``selected``; for a placebo's rows that is the
+    null of claim C2.
     """
     chosen = smallest_cover(table.scores[aggregator], coverage)
-    return {"core_in": table.n_core, "kept": int((chosen < table.n_core).sum()), "selected": len(chosen),
+    rows = sorted(chosen[chosen < table.n_core].tolist())
+    return {"core_in": table.n_core, "kept": len(rows), "rows": rows, "selected": len(chosen),
             "frequency": float(table.scores["frequency"][chosen].median())}

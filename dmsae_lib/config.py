@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from dmsae_lib.artifacts import UserError, hash_json, repository_root
+from dmsae_lib.artifacts import Artifact, UserError, hash_json, load, repository_root
 from dmsae_lib.settings import (
     ARMS,
+    CoreSettings,
     DataConfig,
     DistillConfig,
     ModelConfig,
@@ -26,6 +27,7 @@ from dmsae_lib.settings import (
 )
 
 SHOWN = {"model.hook_name": "blocks.12.hook_resid_post"}  # an example says more than a regular expression
+STEP = {"sae": "train", "attribution": "attribute", "core": "distill"}  # what makes which artefact of a cycle
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -81,8 +83,7 @@ class RunConfig(Section):
         names = [chain.name for chain in self.distill.chains]
         if len(set(names)) < len(names) or "main" in names:
             raise ValueError(f"distill.chains is {names}: names must differ from each other and from 'main'")
-        settings = [(c.seed, *c.core_settings().values()) for c in self.distill.chains]
-        settings.append((self.seed, *self.training.core_settings().values()))
+        settings = [(one.seed, *one.training.core_settings().values()) for one in map(self.for_chain, ["main", *names])]
         if len(set(settings)) < len(settings):
             raise ValueError("distill.chains repeats a chain: two of them, or one and the main chain, have the same seed and core "
                              "settings and would count twice")
@@ -106,7 +107,8 @@ class RunConfig(Section):
         if not found:
             known = ", ".join(["main", *(c.name for c in self.distill.chains)])
             raise UserError(f"There is no chain {chain!r} in config {self.name}: use one of {known}.")
-        training, distill = self.training.model_copy(update=found[0].core_settings()), self.distill
+        own = found[0].model_dump(include=set(CoreSettings.model_fields), exclude_none=True)
+        training, distill = self.training.model_copy(update=own), self.distill
         if training != self.training:  # not among the chains that C2 is judged by, so it needs no null
             distill = distill.model_copy(update={"placebos": []})
         return self.model_copy(update={"seed": found[0].seed, "training": training, "distill": distill})
@@ -117,6 +119,12 @@ class RunConfig(Section):
             return chain
         seed = self.for_chain(chain).seed
         return next(name for name in ("main", *(c.name for c in self.distill.chains)) if self.for_chain(name).seed == seed)
+
+    @property
+    def replicates(self) -> list[str]:
+        """The main chain, and those that differ from it in their seed alone."""
+        names = ["main", *(chain.name for chain in self.distill.chains)]
+        return [name for name in names if self.for_chain(name).training == self.training]
 
     @property
     def retrained_chains(self) -> list[str]:
@@ -226,6 +234,11 @@ class Run:
         """The name of the stage that trains, attributes or distills (``step``) a cycle, in the chain where it lies."""
         owner = self.config.trains(chain, cycle)
         return f"{'' if owner == 'main' else f'chain_{owner}_'}cycle_{cycle}_{step}"
+
+    def load(self, cycle: int, part: str, chain: str = "main") -> Artifact:
+        """The artefact in :meth:`cycle`, verified; where it is not there, the error names the stage that makes it."""
+        kind = "sae" if part.startswith("placebo_") else part
+        return load(self.cycle(cycle, part, chain), kind, f"stages STAGE={self.stage(cycle, STEP[kind], chain)}")
 
     def base(self, chain: str) -> Path:
         return self.folder if chain == "main" else self.folder / f"chain_{chain}"

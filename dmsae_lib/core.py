@@ -1,7 +1,7 @@
 """The core: frozen encoder rows with their lineage, how it is selected, its final readings, and its controls."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,10 @@ from dmsae_lib import artifacts
 from dmsae_lib.artifacts import Artifact, UserError
 from dmsae_lib.attribution import smallest_cover
 from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.settings import CONTROLS, NEW_ROWS
+from dmsae_lib.settings import CONTROLS, NEW_ROWS, OF_LATENTS
 
 NEAR_COPY = 0.9  # |cosine| of encoder rows above which a latent is a copy of another (method, section 5)
+ROUNDING = 1e-4  # cosines of one row with itself, at another norm, differ from 1 by less
 READINGS = ("all_of_last", "last_two", "every_since_first", "alive_since_0")
 
 
@@ -136,7 +137,7 @@ def candidate_pool(cycles: list[tuple[int, MatryoshkaSAE, Tensor]]) -> Pool:
         rows.append(sae.free_rows[:m].detach())
         frequency.append(of_candidates[c : c + m])
     rows, frequency = torch.cat(rows), torch.cat(frequency)
-    near = (F.normalize(rows, dim=1) @ F.normalize(rows, dim=1).T).abs() > NEAR_COPY
+    near = _cosines(rows, rows) > NEAR_COPY
     kept: list[int] = []
     for i in range(len(rows)):
         if not near[i, kept].any():
@@ -144,10 +145,19 @@ def candidate_pool(cycles: list[tuple[int, MatryoshkaSAE, Tensor]]) -> Pool:
     return Pool([ids[i] for i in kept], rows[kept], frequency[kept], len(ids) - len(kept))
 
 
-def control_core(kind: str, core: Core, pool: Pool | None, x: Tensor, random: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Encoder rows (size of ``core``, d_in) of a control, and the ids of its latents where it is made of latents.
+class Frozen(NamedTuple):
+    """Encoder rows (size, d_in) to freeze; where they are latents, their ids and how often they fired in their own cycle."""
 
-    random: drawn from the pool without replacement. most_frequent: the pool's most often active latents.
+    rows: Tensor
+    ids: list[str] | None = None
+    frequency: Tensor | None = None  # (size,)
+
+
+def control_core(kind: str, core: Core, pool: Pool, x: Tensor, random: torch.Generator) -> Frozen:
+    """A control: as many rows as ``core`` has.
+
+    random: drawn from the pool without replacement. random_outside: from those that are no near-copy of a core latent.
+    most_frequent: the pool's most often active latents.
     The others have the norms of the core's rows (method, section 5):
     random_directions: random ones. data_points: random activations of ``x`` (tokens, d_in), less their mean.
     pca: the leading principal directions of ``x``, each with both signs, so that ReLU sees both.
@@ -155,17 +165,36 @@ def control_core(kind: str, core: Core, pool: Pool | None, x: Tensor, random: to
     """
     size, norms = len(core), core.rows.norm(dim=1, keepdim=True)
     if kind in NEW_ROWS:
-        return _new_rows(kind, core.rows, x, random) * norms, []
-    if len(pool.ids) < size:
-        raise UserError(f"The control core {kind} needs {size} latents and all first prefixes together hold "
-                        f"{len(pool.ids)} that differ: raise sae.prefixes[0] or distill.cycles, or drop the control.")
-    if kind == "random":
-        chosen = torch.randperm(len(pool.ids), generator=random)[:size].tolist()
-    elif kind == "most_frequent":
-        chosen = torch.argsort(pool.frequency, descending=True, stable=True)[:size].tolist()
-    else:
+        return Frozen(_new_rows(kind, core.rows, x, random) * norms)
+    if kind not in OF_LATENTS:
         raise UserError(f"There is no control core {kind!r}: use one of {', '.join(CONTROLS)}.")
-    return pool.rows[chosen], [pool.ids[i] for i in chosen]
+    of = torch.arange(len(pool.ids))
+    if kind == "random_outside":
+        of = of[~(_cosines(pool.rows, core.rows) > NEAR_COPY).any(1)]
+    if len(of) < size:
+        raise UserError(f"The control core {kind} needs {size} latents and all first prefixes together hold "
+                        f"{len(of)} that differ: raise sae.prefixes[0] or distill.cycles, or drop the control.")
+    order = (torch.argsort(pool.frequency, descending=True, stable=True) if kind == "most_frequent" else
+             of[torch.randperm(len(of), generator=random)])  # fmt: skip
+    chosen = order[:size]
+    return Frozen(pool.rows[chosen], [pool.ids[i] for i in chosen], pool.frequency[chosen])
+
+
+def placebo_rows(kind: str, core: Core, survivors: Tensor, x: Tensor, random: torch.Generator) -> Tensor:
+    """Encoder rows (size of ``core``, d_in) of a placebo chain: rows of the chain that were selected again, then new ones.
+
+    A core in cycle t holds what all selections before have kept. So does a placebo chain: its ``survivors`` (n, d_in) stay, and
+    rows that nothing ever selected fill it up, with the norms of the core's rows. No row is in it twice: a principal component
+    that has survived is not drawn again.
+    """
+    new = _new_rows(kind, core.rows, x, random) * core.rows.norm(dim=1, keepdim=True)
+    there = (F.normalize(new, dim=1) @ F.normalize(survivors, dim=1).T > 1 - ROUNDING).any(1)
+    return torch.cat([survivors, new[~there]])[: len(core)]
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """|cosine| of rows (n, d_in) and (m, d_in), (n, m)."""
+    return (F.normalize(a, dim=1) @ F.normalize(b, dim=1).T).abs()
 
 
 def _new_rows(kind: str, rows: Tensor, x: Tensor, random: torch.Generator) -> Tensor:

@@ -118,10 +118,7 @@ def export_core(run: Run, folder: Path | None = None, cycle: int | None = None, 
     cycle = last if cycle is None else cycle
     reading = reading or (config.distill.final_core if cycle == last else "all_of_last")
     harvest = artifacts.load(run.folder / "harvest", "harvest", "stages STAGE=harvest")
-    stage = f"stages STAGE={run.stage(cycle, '', chain)}"
-    sae = artifacts.load(run.cycle(cycle, "sae", chain), "sae", f"{stage}train")
-    attribution = artifacts.load(run.cycle(cycle, "attribution", chain), "attribution", f"{stage}attribute")
-    made = artifacts.load(run.cycle(cycle, "core", chain), "core", f"{stage}distill")
+    sae, attribution, made = (run.load(cycle, part, chain) for part in ("sae", "attribution", "core"))
     for artifact, name, parent in [(sae, "harvest", harvest), (attribution, "sae", sae), (made, "attribution", attribution)]:
         if artifact.parents.get(name) != parent.hash:
             raise ArtifactError(f"{artifact.folder} was made from another {name} than the one in {parent.folder}",

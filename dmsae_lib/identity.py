@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dmsae_lib.artifacts import load
 from dmsae_lib.config import Run
 from dmsae_lib.core import final_core, read_core
 from dmsae_lib.sae import MatryoshkaSAE, load_sae
@@ -59,22 +58,16 @@ def compared(a: Tensor, b: Tensor, f: Tensor | None = None, g: Tensor | None = N
             "span": span_overlap(a, b), "span_chance": max(len(a), len(b)) / a.shape[1]}
 
 
-def same_settings(run: Run) -> list[str]:
-    """The main chain, and those that differ from it in their seed alone."""
-    settings = run.config.training.core_settings()
-    return ["main", *(chain.name for chain in run.config.distill.chains if chain.core_settings() == settings)]
-
-
 @torch.no_grad()
 def identity_rows(run: Run, residuals: Sequence[Tensor]) -> list[dict[str, Any]]:
     """A row for each pair of chains and kind of rows: cores, plain (first latents of cycle 0's SAEs) and random.
 
     ``residuals``: unnormalised activations (n, d_in) of the test split.
     """
-    last, chains, of = run.config.distill.cycles, same_settings(run), {}
+    last, chains, of = run.config.distill.cycles, run.config.replicates, {}
     for chain in chains if len(chains) > 1 else []:
-        core = final_core(read_core(load(run.cycle(last, "core", chain), "core")), run.config.distill.final_core)
-        sae, plain = (load_sae(load(run.cycle(t, "sae", chain), "sae")) for t in (last, 0))
+        core = final_core(read_core(run.load(last, "core", chain)), run.config.distill.final_core)
+        sae, plain = (load_sae(run.load(t, "sae", chain)) for t in (last, 0))
         n, free = len(core), plain.free_rows
         where = [latent.index for latent in core.latents]
         of[chain] = {

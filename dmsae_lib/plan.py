@@ -109,8 +109,11 @@ def stages(config: RunConfig) -> list[Stage]:
     for chain in chains.values():
         found += chain
     if config.learning_rate_sweep:
-        found.append(Stage("learning_rate", "09_learning_rate", "learning_rate/record", ("harvest", "cycle_0/core"), {},
-                           _slice(config, *COMPUTING, "seed", "sae", "training", factors=config.learning_rate_sweep)))  # fmt: skip
+        seeds = {name: config.for_chain(name).seed for name in config.replicates}
+        cores = tuple(chains[config.trains(name, 0)][2].artefact for name in seeds)
+        found.append(Stage("learning_rate", "09_learning_rate", "learning_rate/record", ("harvest", *cores), {},
+                           _slice(config, *COMPUTING, "sae", "training", factors=config.learning_rate_sweep,
+                                  seeds=seeds)))  # fmt: skip
     for chain in config.retrained_chains:
         shared = chains[config.trains(chain, 0)][:3] if config.trains(chain, 0) != chain else []
         cycles = ("harvest", *(stage.artefact for stage in [*shared, *chains[chain]]))  # random cores are drawn from all cycles

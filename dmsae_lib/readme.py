@@ -48,6 +48,22 @@ def _gates(summary: Row) -> list[str]:
                                                 ", **not met**")] for row in summary["regime"]))
 
 
+def _rule(sweep: Row) -> str:
+    return "none" if sweep["chosen"] is None else f"{sweep['chosen']:g}"
+
+
+def _rates(sweep: Row) -> list[str]:
+    """What the core adds to the loss by learning rate, and what each kind of SAE leaves rare."""
+
+    def of(lr: float, kind: bool, key: str, digits: int) -> str:
+        return f"{fmean(row[key] for row in sweep['rows'] if (row['lr'], row['with_core']) == (lr, kind)):.{digits}f}"
+
+    return _table(["rate without core", "with", "loss increase without core", "with", "difference", "rare latents without", "with"],
+                  ([f"{row['lr']:.4g}", f"{row['lr_core']:.4g}", of(row["lr"], False, "loss_increase", 4),
+                    of(row["lr_core"], True, "loss_increase", 4), _signed(row["difference"], row["interval"], 4),
+                    of(row["lr"], False, "rare", 2), of(row["lr_core"], True, "rare", 2)] for row in sweep["core"]), 0)
+
+
 def _cycles(summary: Row) -> list[str]:
     placebos = sorted({kind for row in summary["cycles"] for kind in row["placebos"]})
     head = ["cycle", "core in", "kept", *(f"placebo kept: {ARMS[kind][0]}" for kind in placebos), "new", "core out", "core L0 / k",
@@ -96,9 +112,11 @@ def _controls(summary: Row) -> list[str]:
                           _mean(mine, lambda row: row["L0"]["core"], 1), _mean(mine, lambda row: row["L0"]["total"], 1),
                           _mean(mine, lambda row: row["fvu"]), _mean(mine, lambda row: row["loss_increase"]),
                           _signed(fmean(gains), t_interval(gains), 4) if gains else "-",
-                          _mean(mine, lambda row: row["frequency_correlation"], 3)])
+                          _mean(mine, lambda row: row["rare"], 2),
+                          *(_mean(mine, lambda row, key=key: row["frequency_correlation"][key], 3)
+                            for key in ("before", "next_k"))])
     return _table(["core", "n", "rank", "core L0", "total L0", "FVU", "loss increase", "minus baseline at measured L0",
-                   "frequency correlation"], found)
+                   "rare latents", "frequency as in the cycle before", "as at the next k"], found)
 
 
 def _retrained(summary: Row) -> list[str]:
@@ -147,10 +165,12 @@ def _count(number: int, thing: str) -> str:
     return f"one {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def results_block(summary: Row, made: Row, base_model: Row | None, extended: Row | None = None) -> str:
+def results_block(summary: Row, made: Row, base_model: Row | None, extended: Row | None = None,
+                  sweep: Row | None = None) -> str:  # fmt: skip
     """Markdown of the main numbers of one published run; ``made``: how its stages were made, from provenance.json.
 
     ``extended``: the summary of the extended run, where one is published: what needs several chains is taken from it.
+    ``sweep``: its learning_rate.json.
     """
     found, chains, wide = [BEGIN, ""], extended or summary, "extended" if extended else "default"
     if base_model:
@@ -158,11 +178,16 @@ def results_block(summary: Row, made: Row, base_model: Row | None, extended: Row
         found += ["**The embedded model** on held-out text: " + ", ".join(
             f"{name} {nats[key]:.2f} nats per token ({bits[key]:.2f} bits per byte)"
             for name, key in [("model", "model"), ("3-gram with back-off", "trigram"), ("unigram", "unigram")]) + ".", ""]
-    if summary["regime"]:
-        found += ["**The regime**, of cycle 0 (without a bound: reported alone):", "", *_gates(summary)]
+    if chains["regime"]:
+        found += [f"**The regime** of the {wide} run, of cycle 0 and of what is compared (without a bound: reported alone):", "",
+                  *_gates(chains)]
+    if sweep:
+        found += ["**The learning rate**: loss increase on *select* with cycle 0's core minus without a core, the last line with "
+                  f"each at its own best rate; rate of all runs {sweep['configured']:g}, by notebook 09's rule {_rule(sweep)}.", "",
+                  *_rates(sweep)]
     found += [f"**Distillation**, the default run's main chain ({kind_name(summary['sizes'])} core, k = {summary['sizes']['k']}). "
-              "Placebo: as many rows that nothing selected, frozen in an SAE beside it; rare: on fewer than 1 in 1000 tokens; loss "
-              "increase: nats per token above the bare model.", "", *_cycles(summary)]
+              "Placebo: a chain of as many frozen rows, those of it that the cycle before selected and new ones; rare: on fewer "
+              "than 1 in 1000 tokens; loss increase: nats per token above the bare model.", "", *_cycles(summary)]
     sizes = summary["final_core"]["sizes"]
     found += ["The \"final core\" under each reading: " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in sizes.items())
               + f"; retraining uses *{summary['final_core']['reading'].replace('_', ' ')}*.", ""]
@@ -186,8 +211,9 @@ def results_block(summary: Row, made: Row, base_model: Row | None, extended: Row
     k, rows = chains["sizes"]["k"], kinds(chains)[0].rows
     varied = PLURAL[per_unit(advantage(rows, "distilled", k, "loss_increase"))[1]]
     found += [f"**Controls** at the distillation k = {k} ({wide} run, {kind_name(chains['sizes'])} core), means and 95 % t "
-              f"intervals over n {varied}. Rank: participation rank of the core's encoder rows; frequency correlation: of the core "
-              "latents' frequencies with those of the same rows at the next k.", "", *_controls(chains)]
+              f"intervals over n {varied}. Rank: participation rank of the core's encoder rows; last columns: correlation of the "
+              "core latents' frequencies with their own in the cycle that they come from, and with those of the same rows at the "
+              "next k.", "", *_controls(chains)]
     found += [f"**Retraining** over k ({wide} run), means over n {varied} (thresholds set for a total L0 of k; *unbound*: the "
               "core alone reaches k):", "", *_retrained(chains)]
     answers = {name: (chains if name in OF_CHAINS else summary)["reviewers"][name] for name in summary["reviewers"]}
@@ -210,11 +236,11 @@ def results_block(summary: Row, made: Row, base_model: Row | None, extended: Row
 def current_block(root: Path) -> str:
     """The block that results/default, results/extended and results/base_model give now."""
     results = Results(root / "results" / "default")
-    record = root / "results" / "base_model" / "base_model.json"
-    base_model = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     extended = root / "results" / "extended"
+    base_model, sweep = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+                         for path in (root / "results" / "base_model" / "base_model.json", extended / "learning_rate.json"))
     more = Results(extended).summary if extended.is_dir() else None
-    return results_block(results.summary, results.made, base_model, more)
+    return results_block(results.summary, results.made, base_model, more, sweep)
 
 
 def update_readme(root: Path) -> None:

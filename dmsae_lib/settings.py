@@ -10,11 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Aggregator = Literal["mean_abs", "abs_mean", "quantile", "frequency"]
 NEW_ROWS = ("random_directions", "data_points", "pca", "rotated")  # controls that no training has ever selected
-CONTROLS = ("random", "most_frequent", *NEW_ROWS)
+OF_LATENTS = ("random", "random_outside", "most_frequent")  # controls made of latents that some cycle trained
+CONTROLS = (*OF_LATENTS, *NEW_ROWS)
+UNFROZEN = ("warm_start", "cold_start")  # as many latents as the core has in every prefix, trained like all others
 LONGER = ("longer_repeated", "longer_fresh")
-ARMS = ("none", "distilled", *CONTROLS, "warm_start", *LONGER)
+ARMS = ("none", "distilled", *CONTROLS, *UNFROZEN, *LONGER)
 Arm = Literal[ARMS]  # type: ignore[valid-type]
 Placebo = Literal[NEW_ROWS]  # type: ignore[valid-type]
+CoreSparsity = Literal["relu", "batchtopk"]
+CoreBias = Literal["zero", "match_frequency"]
+CoreDecoder = Literal["random", "encoder"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -56,9 +61,9 @@ class SAEConfig(Section):
 class CoreSettings(Section):
     """What a distillation chain may do differently with its core."""
 
-    core_sparsity: Literal["relu", "batchtopk"] = "relu"
-    core_bias_init: Literal["zero", "match_frequency"] = "zero"
-    core_decoder_init: Literal["random", "encoder"] = "random"  # encoder: the core's encoder rows at norm 1
+    core_sparsity: CoreSparsity = "relu"
+    core_bias_init: CoreBias = "zero"
+    core_decoder_init: CoreDecoder = "random"  # encoder: the core's encoder rows at norm 1
 
     def core_settings(self) -> dict[str, str]:
         return {name: getattr(self, name) for name in CoreSettings.model_fields}
@@ -84,11 +89,14 @@ class TrainingConfig(CoreSettings):
     NO_EFFECT: ClassVar = {"checkpoint_seconds", "together", "prefetch"}  # change no weight
 
 
-class Chain(CoreSettings):
-    """A further distillation chain beside the main one: its own seed or core settings."""
+class Chain(Section):
+    """A further distillation chain beside the main one: its own seed, or core settings other than those of ``training``."""
 
     name: Name
     seed: int = Field(0, ge=0)
+    core_sparsity: CoreSparsity | None = None  # None: as in training, like the two that follow
+    core_bias_init: CoreBias | None = None
+    core_decoder_init: CoreDecoder | None = None
     retrain: list[Arm] = []  # trained with this chain's own core at every k of retrain.ks with every seed of retrain.seeds
 
 
@@ -99,7 +107,7 @@ class DistillConfig(Section):
     quantile: Fraction = 0.99
     final_core: Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"] = "last_two"
     chains: list[Chain] = []
-    placebos: list[Placebo] = []  # in each cycle, as many rows of this kind are frozen in an SAE beside the core's: the null of C2
+    placebos: list[Placebo] = []  # chains of as many frozen rows of this kind beside the core's: the null of C2
     from_sae: str | None = None  # trained elsewhere, in place of cycle 0: a folder, or release:sae_id of SAELens
     from_prefixes: list[Positive] | None = None  # its nested sizes without the last, where its files do not say; []: not nested
 

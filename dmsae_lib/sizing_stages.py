@@ -17,7 +17,7 @@ from dmsae_lib.evaluation import CALIBRATION_TOKENS
 from dmsae_lib.results import Results
 from dmsae_lib.saebench_core import SHARED_BYTES
 from dmsae_lib.saebench_probing import LARGEST_TRAIN, SMALLEST_TEST
-from dmsae_lib.settings import LONGER
+from dmsae_lib.settings import LONGER, UNFROZEN
 from dmsae_lib.sizing import Machine, Op, SAESize, Shape
 
 KINDS = ("harvest", "train", "attribute", "distill", "learning_rate", "retrain", "saebench")
@@ -199,8 +199,8 @@ class Sizing:
         return Stage("distill", n, [], self.cored.file, n * 4 * self.cored.core * self.cored.d_in)
 
     def learning_rate(self) -> Stage:
-        """Each rate without and with a core, on one pass."""
-        n, k = len(self.config.learning_rate_sweep), self.config.training.k
+        """Each rate without and with a core, once for each of the main kind's chains, on one pass."""
+        n, k = len(self.config.learning_rate_sweep) * len(self.config.replicates), self.config.training.k
         ops = [op * n for sae in (self.plain, self.cored) for op in self._fit(sae, k)]
         ops.append(self.lower(self._streamed([(False, 1)] * 2 * n)))
         return Stage("learning_rate", min(n, 1), ops, self.training_memory(min(2 * n, self.together), k), 0)
@@ -211,7 +211,7 @@ class Sizing:
         for chain, saes in self.retrained.items():
             jobs = []
             for k, arm, seed in saes:
-                sae = self.plain if arm in ("none", "warm_start", *LONGER) else self.cored
+                sae = self.plain if arm in ("none", *UNFROZEN, *LONGER) else self.cored
                 factor = self.config.distill.cycles + 1 if arm in LONGER else 1
                 ops += self._fit(sae, k, factor)
                 jobs.append((arm == "longer_fresh", factor))

@@ -14,18 +14,18 @@ from typing import Any
 
 from dmsae_lib import scores
 from dmsae_lib.artifacts import Artifact, ArtifactError, load, write
-from dmsae_lib.claims import judge
+from dmsae_lib.claims import judge, judged_chains
 from dmsae_lib.config import Run
 from dmsae_lib.core import READINGS, read_core, reading_members
 from dmsae_lib.layout import flat, laid_out, readable, thinned
-from dmsae_lib.regime import gates
+from dmsae_lib.regime import compared_gates, gates
 from dmsae_lib.results import stage_kind, validate
 from dmsae_lib.reviewers import answers
 from dmsae_lib.saebench import EVALS, REPRODUCED, Task, reproduced_tasks, suite_tasks
 from dmsae_lib.saebench_probing import mean_baselines, suitable
 
 Row = dict[str, Any]
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 CYCLE_POINTS, RETRAIN_POINTS = 150, 20  # rows kept of each training history
 L0_PARTS = ("core", "non_core", "total")
 
@@ -68,8 +68,11 @@ class Stages:
 
     def attributed(self, k: int) -> list[Row]:
         """The SAEs retrained at ``k`` whose prefix 0 was attributed, with their curves of core size against coverage."""
-        index = self.get("retrain_index", self.run.folder / "retrain" / "index").json("index.json")
-        return [row for row in index["rows"] if row["k"] == k and "coverage_curve" in row]
+        return [row for row in self.retrain_index() if row["k"] == k and "coverage_curve" in row]
+
+    def retrain_index(self, chain: str = "main") -> list[Row]:
+        """What notebook 05 wrote of each SAE that it trained."""
+        return self.get("retrain_index", self.run.base(chain) / "retrain" / "index").json("index.json")["rows"]
 
     @cached_property
     def scores(self) -> dict[Task, Row]:
@@ -106,7 +109,9 @@ def cycle_row(sae: Row, attribution: Row, core: Row, before: Row | None, k: int)
             "core_share": sae["L0"]["core"] / k, "core_rows": sae.get("core_rows"), "dead": sae["dead"], "rare": sae["rare"],
             "fvu": sae["fvu"], "loss_increase": sae["loss_increase"], "loss_recovered": sae["loss_recovered"],
             "ranking_stability": {name: attribution["stability"][name] for name in ("spearman", "jaccard")},
-            "placebos": attribution["placebos"], "parent": core["parent"],
+            "placebos": {kind: {key: value for key, value in null.items() if key != "rows"}
+                         for kind, null in attribution["placebos"].items()},
+            "parent": core["parent"],
             "aggregators": {name: entry["size"] for name, entry in attribution["aggregators"].items()}}
 
 
@@ -129,27 +134,32 @@ def retrain_row(chain: str, k: int, arm: str, seed: int, metrics: Row, numbers: 
 
 
 def retrain_rows(stages: Stages, of_sae: dict[tuple[int, str, int], Row]) -> list[Row]:
-    """The retrained SAEs of every chain. ``frequency_correlation`` is that of the core rows' firing frequencies with those in the
-    SAE of the same rows at the next k (at the last k: the one before), which started from another initialisation: how far the
-    rows alone decide what their latents do. It can be asked of every arm, while only a distilled latent has a cycle before."""
+    """The retrained SAEs of every chain, with two correlations of the core latents' firing frequencies.
+
+    ``before``: with their own in the cycle that they come from (None for rows that are no latents). ``next_k``: with those of the
+    same rows at the next k (at the last k: the one before), in an SAE that started elsewhere: how far the rows alone decide what
+    their latents do.
+    """
     ks, rows, frequencies = sorted(stages.run.config.retrain.ks), [], {}
     for chain in stages.run.config.retrained_chains:
+        before = {(row["k"], row["core"], row["seed"]): row["frequency_before"] for row in stages.retrain_index(chain)}
         for k, arm, seed, sae in stages.retrained(chain):
             metrics = sae.json("metrics.json")
-            rows.append(retrain_row(chain, k, arm, seed, metrics, of_sae.get((k, arm, seed)) if chain == "main" else None))
-            frequencies[chain, k, arm, seed] = (metrics["core_frequency"] or {}).get("values")
+            row = retrain_row(chain, k, arm, seed, metrics, of_sae.get((k, arm, seed)) if chain == "main" else None)
+            values = frequencies[chain, k, arm, seed] = (metrics["core_frequency"] or {}).get("values")
+            rows.append(row | {"frequency_correlation": {"before": _correlation(values, before[k, arm, seed])}})
     for row in rows:
         place = ks.index(row["k"])
         other = ks[place + 1] if place + 1 < len(ks) else ks[place - 1]
         pair = [frequencies.get((row["chain"], k, row["core"], row["seed"])) for k in (row["k"], other)]
-        row["frequency_correlation"] = _correlation(*pair) if len(ks) > 1 and all(pair) else None
+        row["frequency_correlation"]["next_k"] = _correlation(*pair) if len(ks) > 1 else None
     return rows
 
 
-def _correlation(a: list[float], b: list[float]) -> float | None:
-    """Pearson; None where one of them is constant."""
+def _correlation(a: list[float] | None, b: list[float] | None) -> float | None:
+    """Pearson; None where one is missing or constant."""
     try:
-        return correlation(a, b)
+        return correlation(a, b) if a and b else None
     except StatisticsError:
         return None
 
@@ -188,12 +198,17 @@ def _made(stages: Stages) -> Row:
             "processes": {stage: len(found) for stage, found in notebooks.items()}}
 
 
-def regime(stages: Stages, d_in: int) -> list[Row]:
-    """The gates of cycle 0; none for an SAE that was trained elsewhere."""
+def regime(stages: Stages, summary: Row) -> list[Row]:
+    """The gates of cycle 0, none for an SAE that was trained elsewhere, and those of the SAEs that are compared."""
     sae, attribution, _ = stages.cycle(0)
+    sizes, chains = summary["sizes"], {"main": summary["sizes"] | {"cycles": summary["cycles"]}} | summary["chains"]
+    exempt = [chain["cycles"][0]["core_out"] for chain in chains.values() if chain["core_sparsity"] == "relu"]
+    judged = judged_chains(summary)
+    found = compared_gates(sizes["k"], exempt, [row for row in summary["retrain"] if row["chain"] in judged])
     if "history.csv" not in sae.files:
-        return []
-    return gates(stages.run.config, d_in, sae.json("metrics.json"), sae.csv("history.csv"), attribution.json("record.json"))
+        return found
+    return gates(stages.run.config, sizes["d_in"], sae.json("metrics.json"), sae.csv("history.csv"),
+                 attribution.json("record.json")) + found
 
 
 def summarise(run: Run, identity: list[Row] | tuple[()] = ()) -> Row:
@@ -213,7 +228,8 @@ def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
     asked = EVALS if config.saebench.suite.evals is None else (*REPRODUCED, *config.saebench.suite.evals)
     sizes = {name: len(ids) for name, ids in lineage(stages)["readings"].items()}
     first_sae = stages.cycle(0)[0].json("metrics.json")
-    chains = {chain.name: {"seed": chain.seed, **chain.core_settings(), "cycles": cycle_rows(stages, chain.name)}
+    chains = {chain.name: {"seed": chain.seed, **config.for_chain(chain.name).training.core_settings(),
+                           "cycles": cycle_rows(stages, chain.name)}
               for chain in config.distill.chains}
     summary = readable({
         "schema_version": SCHEMA_VERSION, "config": config.name, "inputs": _inputs(stages, harvest),
@@ -222,7 +238,6 @@ def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
                   "batch_size": config.training.batch_size, "coverage": config.distill.coverage,
                   "aggregator": config.distill.aggregator, **config.training.core_settings()},
         "language_model": {name: harvest[name] for name in ("clean_loss", "zero_loss", "mean_loss", "scale")},
-        "regime": regime(stages, harvest["model"]["d_model"]),
         "cycles": cycles, "chains": chains,
         "final_core": {"reading": config.distill.final_core, "size": sizes[config.distill.final_core], "sizes": sizes,
                        "lineage": "core_lineage.json"},
@@ -235,6 +250,7 @@ def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
                      "candidates": row["candidates"]}
                     for k in config.retrain.ks for row in stages.attributed(k) for share, size in row["coverage_curve"]],
         "probing_baselines": stages.probing()})
+    summary["regime"] = readable(regime(stages, summary))
     summary["claims"] = readable(judge(summary))
     _, attribution, core = stages.cycle(last)
     latents = core.json("core.json")["latents"]
