@@ -13,6 +13,7 @@ import torch
 from dmsae_lib.artifacts import load, write, write_json
 from dmsae_lib.config import Run, RunConfig
 from dmsae_lib.saebench import Task
+from dmsae_lib.settings import LONGER, NEW_ROWS, OF_LATENTS, UNFROZEN
 from dmsae_lib.summary import write_summary
 
 SIZES = [28, 52, 71, 85, 96, 105, 110, 112]
@@ -21,15 +22,15 @@ ORIGINS = [[28], [27, 25], [26, 24, 21], [25, 23, 22, 15], [25, 22, 22, 14, 13],
            [24, 21, 22, 13, 12, 11, 7], [23, 20, 23, 13, 12, 10, 7, 4]]
 M_0 = 32
 EFFECT = {"none": 0.0, "distilled": 0.012, "random": 0.020, "most_frequent": 0.014, "random_directions": 0.022,
-          "data_points": 0.018, "pca": 0.017, "rotated": 0.016, "warm_start": 0.008, "longer_repeated": -0.002,
-          "longer_fresh": -0.003}
+          "data_points": 0.018, "pca": 0.017, "rotated": 0.016, "random_outside": 0.021, "warm_start": 0.008, "cold_start": 0.009,
+          "longer_repeated": -0.002, "longer_fresh": -0.003}
 JITTER = 0.001  # of the controls a tenth more than of the distilled core
 CLEAN, ZERO, MEAN = 4.5, 8.0, 7.0  # nats per token
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 CONTROLS = {"random": 3} | dict.fromkeys(
-    ("most_frequent", "random_directions", "data_points", "pca", "rotated", "warm_start", "longer_repeated", "longer_fresh"), 1)
+    ("random_outside", "most_frequent", *NEW_ROWS, *UNFROZEN, *LONGER), 1)
 ROWS = {"rank": 30.0, "norm": 1.2, "norm_min": 0.5, "norm_max": 2.0}  # of any core
-NO_CORE = ("none", "warm_start", "longer_repeated", "longer_fresh")
+NO_CORE = ("none", *UNFROZEN, *LONGER)
 
 
 def config(cycles: int = 7, ks=(24, 32, 48, 64, 80, 96), seeds=(0, 1, 2), controls=CONTROLS) -> RunConfig:
@@ -103,7 +104,8 @@ def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
     parents = {"sae": hash_of(run.cycle(cycle, "sae", chain), "sae")}
     sizes = {"mean_abs": size, "abs_mean": size // 2, "quantile": size - 3, "frequency": size + 9}
     chosen = {"core_in": core_in, "selected": size, "frequency": 0.2}
-    placebos = {kind: chosen | {"kept": 2 + offset, "rank": 20.0, "L0_core": 3.0, "loss_increase": 0.09}
+    null = chosen | {"kept": 2 + offset, "rows": list(range(2 + offset)), "rank": 20.0, "L0_core": 3.0, "loss_increase": 0.09}
+    placebos = {kind: null
                 for kind in (run.config.for_chain(chain).distill.placebos if cycle else ())}
     with write(run.cycle(cycle, "attribution", chain), "attribution", parents) as attribution:
         attribution.json("record.json", {
@@ -160,18 +162,20 @@ def write_scores(run: Run, task: Task, result: dict, parents: dict[str, str] | N
         scores.json("scores.json", task._asdict() | {"result": result})
 
 
-def write_index(run: Run) -> None:
-    """retrain/index: the coverage curves of the first seed's SAEs without and with the distilled core."""
+def write_index(run: Run, chain: str) -> None:
+    """retrain/index: how often core latents fired before, and the main chain's curves of the first seed's SAEs without and with
+    the distilled core."""
     rows = []
     retrain = run.config.retrain
-    for at, arm, seed in [(k, *pair) for k in retrain.ks for pair in run.config.retrain_arms(k)]:
-        row = {"k": at, "core": arm, "seed": seed}
-        if arm in ("none", "distilled") and seed == retrain.seeds[0]:
+    for at, arm, seed in [(k, *pair) for k in retrain.ks for pair in run.config.retrain_arms(k, chain)]:
+        before = core_frequency(arm, 0, place(run, chain)) if arm in ("distilled", *OF_LATENTS) else None
+        row = {"k": at, "core": arm, "seed": seed, "frequency_before": before}
+        if chain == "main" and arm in ("none", "distilled") and seed == retrain.seeds[0]:
             candidates = M_0 + (108 if arm == "distilled" else 0)
             curve = [[c, round(candidates * c ** (2 - at / 200))] for c in COVERAGES]
             row |= {"coverage_curve": curve, "candidates": candidates}
         rows.append(row)
-    with write(run.folder / "retrain" / "index", "retrain_index") as index:
+    with write(run.base(chain) / "retrain" / "index", "retrain_index") as index:
         index.json("index.json", {"rows": rows})
 
 
@@ -196,7 +200,7 @@ def build_run(root: Path, resolved: RunConfig | None = None, scored: bool = True
         for k in resolved.retrain.ks:
             for arm, seed in resolved.retrain_arms(k, chain):
                 write_retrained(run, k, arm, seed, chain)
-    write_index(run)
+        write_index(run, chain)
     if scored:
         accuracies = {name: {"accuracy": value} for name, value in (("dense", 0.93), ("best_channel", 0.72))}
         with write(run.folder / "saebench" / "baselines", "probing_baselines") as baselines:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from dmsae_lib import claims, equal_l0
-from dmsae_lib.settings import CONTROLS
+from dmsae_lib.settings import CONTROLS, NEW_ROWS, OF_LATENTS
 from dmsae_lib.verdicts import FAILS, HOLDS, OPEN
 
 KS, SEEDS, CHAINS = (24, 48, 96), (0, 1), ("main", "b", "c", "d", "e")
@@ -22,7 +22,8 @@ def sae(core, k, chain="main", seed=0, effect=0.0, l0=None, unbound=False, core_
     """A retrain row whose loss, and whose ``scores``, lie as far from the baseline at its L0 as is said."""
     l0 = l0 or float(k)
     return {"chain": chain, "core": core, "k": k, "seed": seed, "L0": {"core": core_l0, "non_core": l0 - core_l0, "total": l0},
-            "unbound": unbound, "loss_increase": line(l0, chain, seed) + effect, "fvu": 0.1, "frequency_correlation": correlation,
+            "unbound": unbound, "loss_increase": line(l0, chain, seed) + effect, "fvu": 0.1,
+            "frequency_correlation": {"before": correlation if core not in NEW_ROWS else None, "next_k": correlation},
             "saebench": {name: line(l0, chain, seed) + value for name, value in scores.items()} or None}
 
 
@@ -247,7 +248,7 @@ def test_nothing_bound_is_not_decidable():
 
 def competing(share=6.0, correlation=0.7, **pca):
     """Distilled SAEs with a core L0 of 6 and frequencies that correlate .7, controls with about 4 and .3, by chain."""
-    rows = BASELINE + arm("warm_start", -0.005, ks=(48,))
+    rows = BASELINE + arm("warm_start", -0.005, ks=(48,)) + arm("cold_start", 0.002, ks=(48,))
     rows += arm("distilled", ks=(48,), seeds=(0,), core_l0=share, correlation=correlation)
     for control in CONTROLS:
         for i, chain in enumerate(CHAINS):
@@ -258,13 +259,26 @@ def competing(share=6.0, correlation=0.7, **pca):
 
 @pytest.mark.parametrize("changes, verdict", [
     ({}, HOLDS), ({"correlation": 0.3}, OPEN), ({"correlation": 0.2}, FAILS), ({"share": 2.0}, FAILS),
-    ({"frequency_correlation": None}, OPEN)])
+    ({"frequency_correlation": {"before": None, "next_k": None}}, OPEN)])
 def test_the_core_wins_its_place(changes, verdict):
     claim = claims.wins_its_place(competing(**changes), 48, "batchtopk")
     assert claim["verdict"] == verdict and len(claim["parts"]) == 2 * len(CONTROLS)
     assert claim["value"] == pytest.approx((changes.get("share", 6.0) - 4.0) / 48) and claim["n"] == 5
-    assert ("frequency correlation, above pca (not run)", 48) in by_name(claim) or "frequency_correlation" not in changes
-    assert "warm-started minus distilled, -0.0050" in claim["detail"]
+    assert ("frequency correlation over k, above pca (not run)", 48) in by_name(claim) or "frequency_correlation" not in changes
+    assert "warm-started minus distilled, -0.0050 nats, minus the same nesting without the rows -0.0070." in claim["detail"]
+
+
+def test_frequencies_are_compared_with_the_cycle_before_where_there_is_one():
+    """Latents have one; new rows are compared by what they do at the next k."""
+    rows = competing()
+    names = {name.partition(" above ")[2] for name, _ in by_name(claims.wins_its_place(rows, 48, "batchtopk"))
+             if name.startswith("frequency correlation, ")}
+    assert names == set(OF_LATENTS)
+    for row in rows:
+        if row["core"] == "random":
+            row["frequency_correlation"] |= {"before": 0.9 + 0.01 * CHAINS.index(row["chain"]), "next_k": -1.0}
+    parts = by_name(claims.wins_its_place(rows, 48, "batchtopk"))
+    assert parts["frequency correlation, above random", 48]["verdict"] == FAILS
 
 
 def test_a_core_that_is_exempt_does_not_compete():

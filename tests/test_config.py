@@ -7,7 +7,7 @@ import yaml
 
 from dmsae_lib.artifacts import UserError
 from dmsae_lib.config import Run, load_config, open_run
-from dmsae_lib.settings import CONTROLS
+from dmsae_lib.settings import CONTROLS, UNFROZEN
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -43,7 +43,7 @@ def test_extended_has_five_chains_of_each_kind_and_every_control_at_every_k():
                                             for seed in range(5))  # fmt: skip
     assert extended.retrained_chains == list(kinds)  # each with its own core
     for name, (sparsity, _, seed) in kinds.items():
-        arms = ["none", "distilled", *CONTROLS, "warm_start"] if sparsity == "batchtopk" else ["distilled"]
+        arms = ["none", "distilled", *CONTROLS, *UNFROZEN, "longer_repeated"] if sparsity == "batchtopk" else ["distilled"]
         assert all(sorted(extended.retrain_arms(k, name)) == sorted((arm, 0) for arm in arms) for k in extended.retrain.ks)
         twin = next(other for other, kind in kinds.items() if kind[2] == seed)
         assert extended.trains(name, 0) == twin and extended.trains(name, 1) == name

@@ -14,6 +14,7 @@ from dmsae_lib.core import (
     distil,
     final_core,
     geometry,
+    placebo_rows,
     read_core,
     reading_members,
     save_core,
@@ -199,9 +200,10 @@ def test_near_copies_are_left_out_of_the_pool(cycles):
 def test_random_controls_are_drawn_without_replacement():
     pool, draws = make_pool(), []
     for seed in range(200):
-        rows, ids = control_core("random", CORE, pool, X, seeded(seed))
+        rows, ids, frequency = control_core("random", CORE, pool, X, seeded(seed))
         chosen = positions(rows, pool)
         assert len(set(chosen)) == len(CORE) and ids == [pool.ids[i] for i in chosen]
+        assert torch.equal(frequency, pool.frequency[chosen])
         draws.append(frozenset(chosen))
     assert len(set(draws)) > 190  # the seed matters
     assert torch.equal(control_core("random", CORE, pool, X, seeded(3))[0], control_core("random", CORE, pool, X, seeded(3))[0])
@@ -210,19 +212,46 @@ def test_random_controls_are_drawn_without_replacement():
 
 
 def test_a_pool_of_the_cores_own_size_is_all_of_it():
-    rows, _ = control_core("random", make_core([0, 1, 2, 3, 4], [0.1] * 5), make_pool(5), X, seeded(0))
+    rows, *_ = control_core("random", make_core([0, 1, 2, 3, 4], [0.1] * 5), make_pool(5), X, seeded(0))
     assert sorted(positions(rows, make_pool(5))) == [0, 1, 2, 3, 4]
 
 
+def test_latents_from_outside_the_core():
+    """Whatever is within |cos| .9 of a core latent, whatever its sign, is never drawn."""
+    pool, core = make_pool(), make_core([0, 1, 2, 3, 4], [0.1] * 5)
+    core.rows = torch.cat([-2 * pool.rows[10:13], pool.rows[:2]])
+    nearest = [float(torch.cosine_similarity(row[None], core.rows).abs().max()) for row in pool.rows]
+    away = {i for i in range(30) if nearest[i] <= 0.9}
+    assert away.isdisjoint({0, 1, 10, 11, 12})
+    drawn = [positions(control_core("random_outside", core, pool, X, seeded(seed)).rows, pool) for seed in range(100)]
+    assert set().union(*drawn) == away and all(len(set(draw)) == 5 for draw in drawn)
+
+
+@pytest.mark.parametrize("kind", NEW_ROWS)
+def test_a_placebo_chain_keeps_its_survivors(kind):
+    """Bit for bit, in front; the new rows are what the kind draws, at the norms of the core's rows, and none is there twice."""
+    empty = torch.empty(0, D_IN)
+    first = placebo_rows(kind, CORE, empty, X, seeded(0))
+    assert torch.equal(first, control_core(kind, CORE, None, X, seeded(0)).rows)
+    survivors = first[[1, 3]]
+    second = placebo_rows(kind, CORE, survivors, X, seeded(1))
+    assert second.shape == CORE.rows.shape and torch.equal(second[:2], survivors)
+    cosines = torch.nn.functional.normalize(second, dim=1) @ torch.nn.functional.normalize(second, dim=1).T
+    assert float((cosines - torch.eye(5)).max()) < 0.9999
+    new = control_core(kind, CORE, None, X, seeded(1)).rows
+    assert all(bool((new == row).all(1).any()) for row in second[2:])
+    assert torch.equal(placebo_rows(kind, CORE, first, X, seeded(2)), first)  # all were selected again: nothing is new
+
+
 def test_most_frequent_control():
-    rows, ids = control_core("most_frequent", CORE, make_pool(), X, seeded(0))
+    rows, ids, _ = control_core("most_frequent", CORE, make_pool(), X, seeded(0))
     assert positions(rows, make_pool()) == [29, 28, 27, 26, 25] and len(ids) == 5
 
 
 @pytest.mark.parametrize("kind", NEW_ROWS)
 def test_new_rows_have_the_cores_norms_and_are_no_latents(kind):
-    rows, ids = control_core(kind, CORE, None, X, seeded(0))
-    assert ids == [] and rows.shape == CORE.rows.shape
+    rows, ids, frequency = control_core(kind, CORE, None, X, seeded(0))
+    assert ids is None and frequency is None and rows.shape == CORE.rows.shape
     assert torch.allclose(rows.norm(dim=1), CORE.rows.norm(dim=1), rtol=1e-5)
     other = control_core(kind, CORE, None, X, seeded(1))[0]
     assert torch.allclose(rows, other) == (kind == "pca")  # principal components are not drawn
@@ -235,7 +264,7 @@ def test_random_directions_prefer_none():
 
 
 def test_data_points_are_centred_activations():
-    rows, _ = control_core("data_points", CORE, None, X, seeded(0))
+    rows, *_ = control_core("data_points", CORE, None, X, seeded(0))
     cosine = torch.nn.functional.normalize(rows, dim=1) @ torch.nn.functional.normalize(X - X.mean(0), dim=1).T
     best = cosine.max(dim=1)
     assert torch.allclose(best.values, torch.ones(5), atol=1e-5) and len(set(best.indices.tolist())) == 5
@@ -243,7 +272,7 @@ def test_data_points_are_centred_activations():
 
 def test_principal_directions_come_in_both_signs():
     """Against numpy's SVD of the centred activations."""
-    rows, _ = control_core("pca", CORE, None, X, seeded(0))
+    rows, *_ = control_core("pca", CORE, None, X, seeded(0))
     unit = torch.nn.functional.normalize(rows, dim=1).numpy()
     leading = np.linalg.svd((X - X.mean(0)).double().numpy(), full_matrices=False)[2][:3]
     assert np.allclose(np.abs((unit[[0, 2, 4]] * leading).sum(1)), 1, atol=1e-4)
@@ -251,7 +280,7 @@ def test_principal_directions_come_in_both_signs():
 
 
 def test_a_rotated_core_keeps_its_span_norms_and_cosines():
-    rows, _ = control_core("rotated", CORE, None, X, seeded(0))
+    rows, *_ = control_core("rotated", CORE, None, X, seeded(0))
     assert torch.allclose(rows @ rows.T, CORE.rows @ CORE.rows.T, atol=1e-3)
     projector = torch.linalg.pinv(CORE.rows) @ CORE.rows
     assert torch.allclose(rows @ projector, rows, atol=1e-4)
@@ -265,7 +294,7 @@ def test_geometry_by_hand():
 
 
 def test_too_small_a_pool_is_refused():
-    for kind in ("random", "most_frequent"):
+    for kind in ("random", "random_outside", "most_frequent"):
         with pytest.raises(UserError, match=rf"control core {kind} needs 5 latents .* hold 4 that differ: raise sae.prefixes"):
             control_core(kind, CORE, make_pool(4), X, seeded(0))
     large = Core(0, torch.ones(13, D_IN), [Latent(str(i), 0, i, i) for i in range(13)])

@@ -30,7 +30,8 @@ def several_chains():
     """Two replicates of an equal-L0 main chain, each with its own retraining, and two chains with the paper's ReLU core."""
     equal, arms = {"core_sparsity": "batchtopk", "core_decoder_init": "encoder"}, ["none", "distilled", *CONTROLS, "warm_start"]
     chains = [Chain(name=f"seed{n}", seed=n, retrain=arms, **equal) for n in (1, 2)]
-    chains += [Chain(name=f"relu{n}", seed=n, retrain=["distilled"]) for n in (0, 1)]
+    exempt = {"core_sparsity": "relu", "core_decoder_init": "random"}
+    chains += [Chain(name=f"relu{n}", seed=n, retrain=["distilled"], **exempt) for n in (0, 1)]
     config = factory.config(cycles=2, ks=(64, 96), seeds=(0,), controls={})
     distill = {"chains": chains, "placebos": ["random_directions", "data_points"]}
     return config.model_copy(update={"training": config.training.model_copy(update=equal),
@@ -263,7 +264,7 @@ def test_kinds_of_core_are_told_apart(several):
 def test_a_line_is_an_arm_of_one_kind_of_core(apart):
     found = {label: rows for (label, *_), rows in lines(apart.summary)}
     assert {row["chain"] for row in found["DMSAE (equal-L0 core)"]} == set(REPLICATES)
-    assert {row["chain"] for row in found["DMSAE (ReLU core)"]} == {"relu0", "relu1"} and len(found) == 10
+    assert {row["chain"] for row in found["DMSAE (ReLU core)"]} == {"relu0", "relu1"} and len(found) == 11
     assert "Matryoshka baseline" not in {label for (label, *_), _ in lines(apart.summary, wanted=lambda row: row["core"] != "none")}
     values, varied = units(found["principal components"], lambda row: row["fvu"])
     assert len(values) == 3 and varied == "distillation chain"

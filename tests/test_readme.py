@@ -11,7 +11,8 @@ import pytest
 from dmsae_lib.artifacts import repository_root
 from dmsae_lib.equal_l0 import advantage
 from dmsae_lib.readme import BEGIN, END, current_block, results_block
-from dmsae_lib.settings import CONTROLS, Chain
+from dmsae_lib.regime import core_by_rate
+from dmsae_lib.settings import CONTROLS, UNFROZEN, Chain
 from dmsae_lib.summary import summarise
 from dmsae_lib.verdicts import t_interval
 
@@ -41,7 +42,8 @@ def test_commands_exist():
 
 
 EQUAL_L0 = {"core_sparsity": "batchtopk", "core_decoder_init": "encoder"}
-ARMS = ["none", "distilled", *CONTROLS, "warm_start"]
+EXEMPT = {"core_sparsity": "relu", "core_decoder_init": "random"}
+ARMS = ["none", "distilled", *CONTROLS, *UNFROZEN]
 MADE = {"hardware": {"cores": 2, "cpu": "a CPU"}, "seconds": {"train": 60.0, "saebench_suite": 120.0}}
 CHAINS = ["main", "seed1", "seed2"]
 
@@ -58,14 +60,15 @@ def summary_of(root, chains, seeds, controls, arms=("none", "distilled")):
 def default(tmp_path_factory):
     """One chain, three training seeds, one draw of two controls; a chain with the paper's core beside it."""
     controls = {"random": 1, "pca": 1, "longer_fresh": 1}
-    return summary_of(tmp_path_factory.mktemp("default"), [Chain(name="relu")], (0, 1, 2), controls)
+    return summary_of(tmp_path_factory.mktemp("default"), [Chain(name="relu", **EXEMPT)], (0, 1, 2), controls)
 
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
     """Three chains with every arm, and one with the paper's core, whose SAEs lie far from the others."""
-    chains = [Chain(name=name, seed=n, retrain=ARMS, **EQUAL_L0) for n, name in enumerate(CHAINS) if n]
-    found = summary_of(tmp_path_factory.mktemp("extended"), [*chains, Chain(name="relu", retrain=["distilled"])], (0,), {}, ARMS)
+    chains = [Chain(name=name, seed=n, retrain=ARMS) for n, name in enumerate(CHAINS) if n]
+    chains.append(Chain(name="relu", retrain=["distilled"], **EXEMPT))
+    found = summary_of(tmp_path_factory.mktemp("extended"), chains, (0,), {}, ARMS)
     for row in found["retrain"]:
         row |= {"loss_increase": 9.0} if row["chain"] == "relu" else {}
     found["identity"] = [{"a": a, "b": b, "kind": kind, "size": 9, "cosine": cosine, "cosine_above": 0.1, "span": 0.5,
@@ -140,6 +143,19 @@ def test_cycles_chains_and_identity(default, extended):
                                   ("relu", 0, (0, 3, 3)))]  # the last one's cycle 0 is the main chain's
     head, *rows = table(block, "of two chains")
     assert [row[1] for row in rows] == ["0.500", "0.400", "0.200"] and rows[2][3] == "-" and "over 3 pairs of chains" in block
+
+
+def test_what_the_core_adds_at_each_rate(default):
+    rows = [{"lr": lr, "with_core": core, "seed": seed, "loss_increase": loss + 0.001 * seed * (1 + core), "rare": 0.2 + 0.1 * core}
+            for lr, losses in ((0.1, (0.5, 0.4)), (0.2, (0.3, 0.45)))
+            for core, loss in zip((False, True), losses) for seed in (0, 1)]  # fmt: skip
+    sweep = {"configured": 0.1, "chosen": None, "rows": rows, "core": core_by_rate(rows)}
+    block = results_block(default, MADE, None, None, sweep)
+    assert "rate of all runs 0.1, by notebook 09's rule none" in block
+    head, *found = table(block, "rate without core")
+    assert [row[:4] for row in found] == [["0.1", "0.1", "0.5005", "0.4010"], ["0.2", "0.2", "0.3005", "0.4510"],
+                                          ["0.2", "0.1", "0.3005", "0.4010"]]
+    assert found[2][4].startswith("+0.1005 [") and found[2][5:] == ["0.20", "0.30"]
 
 
 def test_gates_that_are_not_met_say_so(default):

@@ -3,7 +3,7 @@
 import pytest
 
 from dmsae_lib.config import load_config
-from dmsae_lib.regime import choose_rate, gates, still_falling
+from dmsae_lib.regime import choose_rate, compared_gates, core_by_rate, gates, still_falling
 
 
 def history(values):
@@ -30,12 +30,35 @@ def test_gates_by_hand():
     assert gates(config, 64, {"rare": 0.1}, history([0.5] * 50), record)[2]["ok"]  # k / d_in of exactly .25
 
 
-def row(lr, loss, rare=0.1):
-    return {"lr": lr, "loss_increase": loss, "rare": rare}
+def test_gates_on_what_is_compared():
+    rows = [{"core": arm, "k": k, "rare": rare} for arm, k, rare in
+            [("none", 8, 0.3), ("none", 8, 0.4), ("distilled", 8, 0.2), ("none", 16, 0.1), ("pca", 16, 0.9)]]
+    found = compared_gates(16, [13, 11], rows)
+    assert [(gate["value"], gate["ok"]) for gate in found] == [
+        (13 / 16, False), (pytest.approx(0.35), False), (0.2, True), (0.1, True)]
+    assert compared_gates(16, [], []) == [] and compared_gates(16, [11], [])[0]["ok"]
+
+
+def row(lr, core, loss, rare=0.1, seed=0):
+    return {"lr": lr, "with_core": core, "loss_increase": loss, "rare": rare, "seed": seed}
 
 
 def test_the_rate_is_the_best_of_those_that_keep_latents_alive():
-    """Both SAEs count: in the mean loss, and each by itself in what all but never fires."""
-    table = [row(1, 0.5), row(1, 0.5), row(2, 0.3), row(2, 0.4), row(3, 0.2), row(3, 0.45), row(4, 0.1), row(4, 0.1, rare=0.34)]
+    """Both kinds of SAE count: in the mean loss, and each by itself in what all but never fires, on average over chains."""
+    table = [row(lr, core, loss, rare) for lr, *pair, rare in [(1, 0.5, 0.5, 0.1), (2, 0.3, 0.4, 0.1), (3, 0.2, 0.45, 0.1)]
+             for core, loss in zip((False, True), pair)]
+    table += [row(4, False, 0.1), row(4, True, 0.1, rare=0.30), row(4, True, 0.1, rare=0.38, seed=1)]
     assert choose_rate(table) == 3
-    assert choose_rate([row(1, 0.5, rare=0.5)]) is None
+    assert choose_rate([row(1, False, 0.5, rare=0.5), row(1, True, 0.5)]) is None
+    table[-1]["rare"] = 0.31
+    assert choose_rate(table) == 4
+
+
+def test_each_kind_of_sae_at_its_own_best_rate():
+    table = [row(lr, core, loss + 0.01 * seed * core, seed=seed)
+             for lr, *pair in [(1, 0.5, 0.4), (2, 0.3, 0.45)] for core, loss in zip((False, True), pair) for seed in (0, 1, 2)]
+    found = core_by_rate(table)
+    assert [(row["lr"], row["lr_core"]) for row in found] == [(1, 1), (2, 2), (2, 1)]
+    assert [row["difference"] for row in found] == pytest.approx([-0.09, 0.16, 0.11])
+    half = 4.302653 * 0.01 / 3**0.5  # Student's t with two degrees of freedom
+    assert found[2]["interval"] == pytest.approx([0.11 - half, 0.11 + half], rel=1e-5)

@@ -213,11 +213,12 @@ def test_stored_activations_are_not_made_again():
 
 def test_stages_add_up():
     plain = ["distill.chains=[]", "distill.placebos=[]"]
-    default = Sizing(load_config("default", plain), shape_of("wheeltext-4x128"), CPU, Text(0.98, 95), core=41)
+    config = load_config("default", [*plain, "learning_rate_sweep=[0.5, 2.0]"])
+    default = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(0.98, 95), core=41)
     stages = {stage.kind: stage for stage in default.stages()}
     assert list(stages) == list(KINDS) and all(isinstance(stage, Stage) for stage in stages.values())
     assert [stages[kind].processes for kind in KINDS] == [1, 8, 8, 8, 1, 1, 1]
-    assert len(default.retrained["main"]) == 27
+    assert len(default.retrained["main"]) == 29
     chains = load_config("default", [*plain, "distill.chains=[{name: a, seed: 1}, {name: b, seed: 2}]", "learning_rate_sweep=[]"])
     three = Sizing(chains, default.shape, CPU, default.text, core=41)
     assert three.train().flops == pytest.approx(3 * stages["train"].flops) and three.train().disk == 3 * stages["train"].disk
@@ -230,7 +231,7 @@ def test_stages_add_up():
 def test_shared_cycles_placebos_and_retrained_chains_are_counted_once_each():
     """Two kinds of placebo in each of seven cycles of the judged chains; a chain of the main one's seed shares its cycle 0."""
     chains = ("distill.chains=[{name: a, seed: 1, core_sparsity: batchtopk, core_decoder_init: encoder}, "
-              "{name: b, retrain: [distilled]}]")  # fmt: skip
+              "{name: b, core_sparsity: relu, retrain: [distilled]}]")  # fmt: skip
     config = load_config("default", [chains, "distill.placebos=[random_directions, data_points]"])
     sized = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(0.98, 95), core=41)
     assert sized.cycles == (2, 21, 28)

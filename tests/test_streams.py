@@ -14,7 +14,8 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 CHAINS = ("distill.chains=[{name: b, seed: 1, retrain: [none, distilled]}, "
           "{name: c, core_sparsity: batchtopk, core_decoder_init: encoder, retrain: [distilled]}]")
 SETTINGS = (CHAINS, "distill.cycles=2", "distill.placebos=[random_directions, data_points]", "retrain.seeds=[0, 1]",
-            "retrain.ks=[16, 24]", "retrain.controls={random: 2, rotated: 1, warm_start: 2, longer_repeated: 1}",
+            "retrain.ks=[16, 24]", "retrain.controls={random: 2, rotated: 1, warm_start: 2, cold_start: 1, "
+            "longer_repeated: 1}",
             "learning_rate_sweep=[0.5, 1.0]")
 
 
@@ -46,7 +47,8 @@ def test_every_kind_of_sae_is_among_them(starts):
     places = starts[1]
     for place in ("cycle_0/sae", "cycle_2/placebo_data_points", "chain_b/cycle_0/sae", "chain_c/cycle_1/sae",
                   "retrain/k16/distilled-seed1", "retrain/k24/none-seed0", "retrain/k16/warm_start-seed0",
-                  "chain_b/retrain/k24/distilled-seed0", "chain_c/retrain/k16/distilled-seed1", "learning_rate/saes/x0.5-core"):
+                  "chain_b/retrain/k24/distilled-seed0", "chain_c/retrain/k16/distilled-seed1", "retrain/k16/cold_start-seed0",
+                  "learning_rate/saes/x0.5-core-seed0", "learning_rate/saes/x1.0-none-seed1"):
         assert place in places
     assert "chain_c/cycle_0/sae" not in places  # it has the main chain's seed and no core yet: the same SAE
     assert starts[0].cycle(0, "core", "c") == starts[0].folder / "cycle_0" / "core"
