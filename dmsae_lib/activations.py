@@ -20,6 +20,7 @@ from dmsae_lib.seeds import generator
 from dmsae_lib.settings import DataConfig
 
 SHARD_ROWS = 2**18  # a shard file is closed once it holds this many activations
+ROUNDING = 1e-6  # of a mean square of float32 numbers: a smaller variance is none
 NORM_SAMPLE_ROWS = 64  # contexts from which the median norm is measured
 
 Cursor = tuple[int, int, int]
@@ -29,7 +30,7 @@ START: Cursor = (0, 0, 0)
 def usable_residuals(model: LanguageModel, split: dict[str, np.ndarray]) -> Iterator[Tensor]:
     """Residuals of a split's usable positions, (n, d_in) per batch of contexts, in order, unnormalised."""
     for tokens, lengths, resid in lowered(model, split):
-        yield resid[usable_positions(tokens, lengths, model.bos)]
+        yield resid[model.usable(tokens, lengths, resid)]
 
 
 def finite(x: Tensor, where: str) -> Tensor:
@@ -52,21 +53,23 @@ def harvest(writer: Writer, model: LanguageModel, splits: dict[str, dict[str, np
     """Write tokens, and with ``data.store: disk`` the training residuals, and measure what every later stage shares.
 
     The scale is sqrt(mean ||x||^2) over the training tokens of one cycle, outliers left out; it is measured once and
-    stays the same for every cycle and every k. Returns the record for record.json (without model and data entries).
+    stays the same for every cycle and every k. Sets the model's ``outlier_limit``. Returns the record for record.json (without
+    model and data entries).
     """
     for name, arrays in splits.items():
         writer.tensors(f"{name}.safetensors", {part: torch.from_numpy(array) for part, array in arrays.items()})
+    model.outlier_limit = math.inf
     middle = median_norm(model, splits["train"])
-    limit = data.outlier_norm * middle
+    limit = model.outlier_limit = data.outlier_norm * middle
     dtype = getattr(torch, model.config.dtype)
     total, squares, outliers, shard, pending, rows = 0, 0.0, 0, 0, [], 0
     summed = torch.zeros(model.d_model, dtype=torch.float64)
-    for x in usable_residuals(model, splits["train"]):
+    for tokens, lengths, resid in lowered(model, splits["train"]):
+        x = resid[model.usable(tokens, lengths, resid)]
+        outliers += int(usable_positions(tokens, lengths, model.bos).sum()) - len(x)
         finite(x, f"the train split, contexts {rows} to {rows + model.config.batch_rows - 1}")
         rows += model.config.batch_rows
-        norms = x.norm(dim=1)
-        outliers += int((norms > limit).sum())
-        x = x[norms <= limit][: data.train_tokens - total]
+        x = x[: data.train_tokens - total]
         total += len(x)
         squares += float(x.square().sum(dtype=torch.float64))
         summed += x.sum(0, dtype=torch.float64).cpu()
@@ -82,6 +85,9 @@ def harvest(writer: Writer, model: LanguageModel, splits: dict[str, dict[str, np
         writer.tensors(f"shard_{shard:04d}.safetensors", {"x": torch.cat(pending).to(dtype)})
         shard += 1
     mean = (summed / total).float()
+    if squares / total - float((summed / total).square().sum()) <= ROUNDING * squares / total:
+        raise UserError(f"The residuals at {model.hook_name} are the same at every position: look at the model's weights, or "
+                        "choose another hook.")  # fmt: skip
     writer.tensors("mean.safetensors", {"mean": mean})
     losses = reference_losses(model, splits["test"], mean.to(model.device))
     if not math.isfinite(sum(losses)):
@@ -112,7 +118,7 @@ def reference_losses(model: LanguageModel, split: dict[str, np.ndarray], mean: T
     """``mean`` (d_in,) is that of the training activations, unnormalised."""
     sums, count = [0.0, 0.0, 0.0], 0
     for tokens, lengths, resid in lowered(model, split):
-        usable = usable_positions(tokens, lengths, model.bos)[..., None]
+        usable = model.usable(tokens, lengths, resid)[..., None]
         loss, n = next_token_loss(model.logits(tokens), tokens, lengths, model.bos)
         sums[0], count = sums[0] + float(loss), count + n
         for place, put in ((1, torch.zeros_like(mean)), (2, mean)):
@@ -169,14 +175,14 @@ class StreamedActivations:
     A block's last tokens that do not fill a batch are dropped (below batch_size of about buffer_rows * context_size).
     """
 
-    def __init__(self, model: LanguageModel, split: dict[str, np.ndarray], data: DataConfig, scale: float, limit: float):
-        self.model, self.split, self.buffer_rows, self.scale, self.limit = model, split, data.buffer_rows, scale, limit
+    def __init__(self, model: LanguageModel, split: dict[str, np.ndarray], data: DataConfig, scale: float):
+        self.model, self.split, self.buffer_rows, self.scale = model, split, data.buffer_rows, scale
 
     def block(self, rows: np.ndarray) -> Tensor:
         rows = np.sort(rows)
         split = {name: np.asarray(array[rows]) for name, array in self.split.items()}
         x = finite(torch.cat(list(usable_residuals(self.model, split))), f"contexts {rows[0]} to {rows[-1]} of the train split")
-        return x[x.norm(dim=1) <= self.limit] / self.scale
+        return x / self.scale
 
     def batches(self, batch_size: int, seed: int, name: str, cursor: Cursor = (0, 0, 0)) -> Iterator[tuple[Tensor, Cursor]]:
         """As :meth:`StoredActivations.batches`."""

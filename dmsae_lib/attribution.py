@@ -13,7 +13,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from dmsae_lib.language_model import LanguageModel, batches, next_token_loss, usable_positions
+from dmsae_lib.language_model import LanguageModel, batches, next_token_loss
 from dmsae_lib.sae import MatryoshkaSAE
 
 # By how much of max |A| the closed form and autograd may differ: rounding in the model's own type, through all its layers.
@@ -30,7 +30,7 @@ def gradient_at_prefix0(model: LanguageModel, sae: MatryoshkaSAE, tokens: Tensor
     The loss is summed over tokens, so g does not depend on the batch. BOS and padding keep the model's own residual.
     """
     resid = model.lower(tokens)
-    usable = usable_positions(tokens, lengths, model.bos)
+    usable = model.usable(tokens, lengths, resid)
     candidates = sae.n_core + sae.prefixes[0]
     with torch.no_grad():
         f = sae.encode(resid, first=candidates)

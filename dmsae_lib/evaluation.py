@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dmsae_lib.activations import Losses, first_contexts, usable_residuals
-from dmsae_lib.language_model import LanguageModel, lowered, next_token_loss, usable_positions
+from dmsae_lib.language_model import LanguageModel, lowered, next_token_loss
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.sparsity import between_nth
 
@@ -103,7 +103,7 @@ def evaluate(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarr
     summed = {"prefix0": 0.0, "full": 0.0} if with_prefix0 else {"full": 0.0}
     n_tokens = n_targets = 0
     for tokens, lengths, resid in at_hand or lowered(model, split):
-        usable = usable_positions(tokens, lengths, model.bos)
+        usable = model.usable(tokens, lengths, resid)
         x = resid[usable]
         a = sae.pre_activations(x)
         f = sae.select(a)

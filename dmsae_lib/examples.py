@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmsae_lib.language_model import LanguageModel, lowered, usable_positions
+from dmsae_lib.language_model import LanguageModel, lowered
 from dmsae_lib.sae import MatryoshkaSAE
 
 BEFORE, AFTER = 12, 4  # tokens of context shown around the strongest activation
@@ -18,7 +18,7 @@ def top_contexts(sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.n
     """For each latent its ``n`` strongest activations, at most one per context: {activation, before, token, after}."""
     values, positions = [], []
     for tokens, lengths, resid in lowered(model, split):
-        f = sae.encode(resid)[..., latents] * usable_positions(tokens, lengths, model.bos)[..., None]
+        f = sae.encode(resid)[..., latents] * model.usable(tokens, lengths, resid)[..., None]
         strongest = f.max(dim=1)  # (rows, latents)
         values.append(strongest.values.cpu())
         positions.append(strongest.indices.cpu())

@@ -1,6 +1,7 @@
 """From a harvest to finished SAEs: train, calibrate, measure, write. Notebooks 02, 05 and 09 share it."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -86,7 +87,7 @@ class Harvest:
         split = self.splits["train"]
         if not fresh:
             split = first_contexts(split, data.train_tokens, self.model.bos)
-        return StreamedActivations(self.model, split, data, record["scale"], record["outlier_limit"])
+        return StreamedActivations(self.model, split, data, record["scale"])
 
 
 def open_harvest(run: Run) -> Harvest:
@@ -97,6 +98,7 @@ def open_harvest(run: Run) -> Harvest:
     if record["model"]["hash"] != model.hash or record["model"]["hook_name"] != model.hook_name:
         raise artifacts.ArtifactError(f"The harvest in {artifact.folder} was made with another model or hook than "
                                       f"{run.config.model.name} at {model.hook_name}: delete it and run make again.")
+    model.outlier_limit = record["outlier_limit"]
     return Harvest(artifact, record, model, {name: load_split(artifact, name) for name in SPLITS}, run)
 
 
@@ -134,6 +136,8 @@ def parents_of(job: Job, harvest: Harvest) -> dict[str, str]:
                 "seed": job.seed, "stream": stream_of(job, harvest), "order": [job.order, job.order_seed],
                 "factor": job.factor, "fresh": job.fresh, "warm": job.warm_rows is not None, "measured_on": job.measured_on,
                 "threads": cfg.threads}  # fmt: skip
+    if cfg.data.store == "stream" or job.fresh:  # shuffled within a buffer, whose blocks the cursor counts
+        settings["stream"] = [cfg.data.buffer_rows, cfg.model.batch_rows]
     parents = {"harvest": harvest.artifact.hash, "settings": hash_json(settings)}
     return parents | ({"core": job.core_hash} if job.core_hash else {})
 
@@ -241,4 +245,5 @@ def _write(job: Job, harvest: Harvest, trainer: Trainer) -> None:
             "core_frequency": core_frequency, "core_rows": geometry(sae.core_rows.cpu()) if sae.n_core else None,
             **training.core_settings(),
         })  # fmt: skip
-        writer.csv("history.csv", trainer.history)
+        writer.csv("history.csv", [{name: math.nan if value is None else value for name, value in row.items()}
+                                   for row in trainer.history])  # fmt: skip

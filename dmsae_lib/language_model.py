@@ -7,6 +7,7 @@ guesses the family from "llama" or "gemma" in the path).
 
 import hashlib
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ class LanguageModel:
         self.n_layers: int = self.bridge.cfg.n_layers
         self._one_pass = threading.Lock()  # hooks hang on the shared modules: a pass of another thread would meet them
         self.bos: int = self.tokenizer.bos_token_id
+        self.outlier_limit = math.inf  # norm of a residual above which a position is an outlier: the harvest measures it
 
     def _check_config(self) -> int:
         """Hold hook and context size against config.json, before the weights are read; returns the vocabulary's size."""
@@ -177,6 +179,15 @@ class LanguageModel:
         with self._one_pass:
             return self.bridge.run_with_hooks(tokens, fwd_hooks=put)
 
+    def usable(self, tokens: Tensor, lengths: Tensor, resid: Tensor) -> Tensor:
+        """(rows, positions) bool: what is trained on, replaced, attributed and scored. Neither BOS, padding nor an outlier.
+
+        Real models hold a few positions of enormous norm (attention sinks), which would make up most of the variance. NaN and
+        Inf are no outliers: whoever meets them says so.
+        """
+        norm = resid.norm(dim=-1)
+        return usable_positions(tokens, lengths, self.bos) & ~((norm > self.outlier_limit) & norm.isfinite())
+
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits (rows, positions, vocabulary) of the unchanged model."""
         with self._one_pass:
@@ -184,7 +195,7 @@ class LanguageModel:
 
 
 def usable_positions(tokens: Tensor, lengths: Tensor, bos: int) -> Tensor:
-    """(rows, positions) bool: neither BOS nor padding. Only these are trained on, attributed and scored."""
+    """(rows, positions) bool: neither BOS nor padding. The next-token loss is counted there."""
     inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     return inside & (tokens != bos)
 

@@ -4,6 +4,7 @@ The bounds are method, section 7. A run outside them is no failure of the code, 
 the summary, and tests hold cycle 0 of the published runs to them.
 """
 
+import math
 from statistics import fmean
 from typing import Any
 
@@ -21,10 +22,13 @@ FLAT = 0.10  # by what share FVU may still fall from one quarter of the steps be
 def still_falling(history: list[dict[str, str]], decay: float) -> float:
     """By what share the FVU of the training batches falls from the third to the last quarter of the steps before the decay.
 
-    ``history`` is that of a training; batches are noisy, so each end is the mean over a quarter.
+    ``history`` is that of a training; batches are noisy, so each end is the mean over a quarter. 1 where no batch has an FVU.
     """
     begins = (1 - decay) * float(history[-1]["step"])
-    before = [float(row["fvu"]) for row in history if float(row["step"]) <= begins] or [float(history[0]["fvu"])]
+    known = [(float(row["step"]), fvu) for row in history if math.isfinite(fvu := float(row["fvu"]))]
+    before = [fvu for step, fvu in known if step <= begins] or [fvu for _, fvu in known[:1]]
+    if not before:
+        return 1.0
     n = max(1, len(before) // 4)
     early, late = fmean(before[-2 * n : -n] or before[-1:]), fmean(before[-n:])
     return 1 - late / early

@@ -4,13 +4,15 @@ Latents 0:c are the core: their encoder rows are a buffer, so no optimiser, clip
 Latents c:d_sae are free. A reconstruction from prefix m uses all of the core and the first m free latents.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmsae_lib.artifacts import Artifact, UserError, Writer
+
+THRESHOLDS = ("threshold", "threshold_ema")
 
 
 class MatryoshkaSAE(nn.Module):
@@ -66,9 +68,19 @@ class MatryoshkaSAE(nn.Module):
         self.b_enc.zero_()
         self.b_dec.copy_(geometric_median(first_batch))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MatryoshkaSAE":
+        """As torch's, for any cast or move; thresholds stay float64, since a rounded one would let other latents through."""
+        before = {name: getattr(self, name) for name in THRESHOLDS}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float64:
+                setattr(self, name, value.to(moved.device))
+        return self
+
     def load_state_dict(self, state: Mapping[str, Tensor], **options: bool) -> object:
         """As torch's; an SAE from elsewhere may have thresholds (d_sae,)."""
-        for name in ("threshold", "threshold_ema"):
+        for name in THRESHOLDS:
             setattr(self, name, getattr(self, name).new_empty(state[name].shape))
         return super().load_state_dict(state, **options)
 

@@ -64,8 +64,11 @@ def score_rows(results: Results) -> list[Row]:
     return found
 
 
-def eval_rows(results: Results, asked: Iterable[str]) -> dict[str, Row]:
-    """{eval: {needs, doubt, scores, not_run}}: how many results there are, or why there is none."""
+def eval_rows(results: Results, asked: Iterable[str], outliers: float) -> dict[str, Row]:
+    """{eval: {needs, doubt, scores, not_run}}: how many results there are, or why there is none.
+
+    ``outliers`` is their share of the test split, which the core eval scores as anything else.
+    """
     asked, found = set(asked), {}
     for name, row in EVALS.items():
         mine = [result for task, result in results.items() if task.name == name]
@@ -73,7 +76,8 @@ def eval_rows(results: Results, asked: Iterable[str]) -> dict[str, Row]:
         reasons = [result["not_run"] for result in mine if "not_run" in result]
         if not mine:
             reasons = ["`make saebench` was not run" if name in asked else "the configuration does not ask for it"]
-        found[name] = {"needs": row.needs, "doubt": row.doubt, "scores": len(ran), "not_run": None if ran else reasons[0]}
+        doubt = f"counts the outliers, {outliers:.2%} of the tokens" if name == "core" and outliers else row.doubt
+        found[name] = {"needs": row.needs, "doubt": doubt, "scores": len(ran), "not_run": None if ran else reasons[0]}
     return found
 
 

@@ -50,7 +50,7 @@ class DataConfig(Section):
     fresh_factor: Positive = 1  # train_tokens * fresh_factor are tokenised, for the longer-trained baselines
     store: Literal["disk", "stream"] = "disk"
     buffer_rows: Positive = 512  # contexts in the shuffle buffer when streaming
-    outlier_norm: float = Field(10.0, gt=1)  # training tokens above this multiple of the median norm are left out
+    outlier_norm: float = Field(10.0, gt=1)  # positions above this multiple of the median norm are left out everywhere, as BOS is
 
 
 class SAEConfig(Section):

@@ -22,7 +22,7 @@ from dmsae_lib.sizing import Machine, Op, SAESize, Shape
 
 KINDS = ("harvest", "train", "attribute", "distill", "learning_rate", "retrain", "saebench")
 PROBING_TEXTS = LARGEST_TRAIN + SMALLEST_TEST  # of each set, that an SAE encodes; a few sets have some hundred less
-BLOCK_COPIES = 4  # of a streamed block while it is made: joined, without outliers, scaled, and the one before, still in use
+BLOCK_COPIES = 3  # of a streamed block while it is made: joined, scaled, and the one before, still in use
 ROOM = 0.9  # share of a GPU's memory that jointly trained SAEs may fill
 
 

@@ -231,20 +231,23 @@ def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
     chains = {chain.name: {"seed": chain.seed, **config.for_chain(chain.name).training.core_settings(),
                            "cycles": cycle_rows(stages, chain.name)}
               for chain in config.distill.chains}
+    outliers = {"train": harvest["outliers_dropped"] / (harvest["harvested"] + harvest["outliers_dropped"]),
+                "test": 1 - first_sae["tokens_tested"] / harvest["n_tokens"]["test"]}
     summary = readable({
         "schema_version": SCHEMA_VERSION, "config": config.name, "inputs": _inputs(stages, harvest),
         "sizes": {"d_in": harvest["model"]["d_model"], "d_sae": config.sae.d_sae, "k": config.training.k,
                   "prefixes": first_sae["prefixes"], "n_cycles": last, "tokens_per_cycle": config.data.train_tokens,
                   "batch_size": config.training.batch_size, "coverage": config.distill.coverage,
                   "aggregator": config.distill.aggregator, **config.training.core_settings()},
-        "language_model": {name: harvest[name] for name in ("clean_loss", "zero_loss", "mean_loss", "scale")},
+        "language_model": {name: harvest[name] for name in ("clean_loss", "zero_loss", "mean_loss", "scale")} | {
+            "outliers": outliers},
         "cycles": cycles, "chains": chains,
         "final_core": {"reading": config.distill.final_core, "size": sizes[config.distill.final_core], "sizes": sizes,
                        "lineage": "core_lineage.json"},
         "retrain": retrained, "imported": [imported_row(sae[1], artifact.json("metrics.json"), of_sae.get(sae))
                                            for sae, artifact in stages.imported().items()],
         "identity": list(identity),
-        "evals": scores.eval_rows(scored, asked),
+        "evals": scores.eval_rows(scored, asked, outliers["test"]),
         "differences": scores.differences(retrained, scored),
         "heatmap": [{"arm": row["core"], "k": k, "seed": row["seed"], "coverage": share, "size": size,
                      "candidates": row["candidates"]}

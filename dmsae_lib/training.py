@@ -63,10 +63,12 @@ class Trainer:
     def train_step(self, x: Tensor) -> StepStats:
         """One batch ``x`` (batch_size, d_in): gradients, Adam step, threshold, dead counters.
 
-        UserError where activations or loss are not finite: before they are applied on a CPU, by the next
-        :meth:`check_finite` on a GPU.
+        UserError where ``x`` has another shape, or activations or loss are not finite: before they are applied on a CPU, by the
+        next :meth:`check_finite` on a GPU.
         """
         config, sae = self.config, self.sae
+        if x.ndim != 2 or x.shape[1] != sae.d_in:
+            raise UserError(f"Activations have the shape {tuple(x.shape)}: give batches (batch_size, {sae.d_in}).")
         rate = self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.steps, config)
         stats = step_gradients(sae, x, config.k, config.k_min, config.aux_alpha, self.k_aux, self._dead(),
                                self.last_threshold, config.autocast, fixed_shapes=self.waits)
@@ -85,7 +87,8 @@ class Trainer:
             core, free = float(stats.l0_core), float(stats.l0_free)
             self.history.append({
                 "step": self.step, "tokens": self.step * config.batch_size, "loss": float(stats.loss),
-                "fvu": float(stats.fvu), "aux": float(stats.aux), "L0_core": core, "L0_non_core": free,
+                "fvu": fvu if math.isfinite(fvu := float(stats.fvu)) else None,  # a batch without variance has none
+                "aux": float(stats.aux), "L0_core": core, "L0_non_core": free,
                 "L0_total": core + free, "dead": int(self.dead.sum()), "threshold": float(sae.threshold_ema), "lr": rate,
             })  # fmt: skip
         return stats

@@ -98,6 +98,7 @@ def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
     with write(run.cycle(cycle, "sae", chain), "sae", parents) as sae:
         sae.json("metrics.json", {"cycle": cycle, "core_in": core_in, "prefixes": [M_0, 96, 224, 480, 1024 - core_in],
                                   "L0": l0, "dead": 3, "rare": 0.05, "fvu": fvus, "core_rows": ROWS if cycle else None,
+                                  "tokens_tested": 1000,
                                   "loss_increase": {"prefix0": 0.49 - 0.035 * cycle, "full": 0.07},
                                   "loss_recovered": {"prefix0": 0.86 + cycle / 100, "full": 0.98}})
         sae.csv("history.csv", history(cycle))
@@ -189,6 +190,7 @@ def build_run(root: Path, resolved: RunConfig | None = None, scored: bool = True
     run = Run(resolved, resolved.name, root)
     with write(run.folder / "harvest", "harvest") as harvest:
         harvest.json("record.json", {"scale": 1.5, "clean_loss": CLEAN, "zero_loss": ZERO, "mean_loss": MEAN,
+                                     "outliers_dropped": 3, "harvested": 297, "n_tokens": {"test": 1000},
                                      "model": {"name": "toy", "hash": "a" * 64, "d_model": 128, "n_layers": 4,
                                                "architecture": "Toy", "hook_name": resolved.model.hook_name},
                                      "data": {"source": "embedded", "hash": "d" * 64}})

@@ -3,6 +3,7 @@
 The model here marks its tokens: every usable position of the text has its own id, which can be read off the residual.
 """
 
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -25,6 +26,7 @@ from dmsae_lib.activations import (
     usable_count,
 )
 from dmsae_lib.artifacts import UserError, load, write
+from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.settings import DataConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +39,8 @@ LOUD = (17, 60, 61, 140)  # ids whose residual is an outlier
 class MarkingModel:
     """Residual (id // 16, id % 16, 8, 0); the loud ids have 4096 in the last channel. All exact in bfloat16."""
 
-    bos, device, d_model = BOS, "cpu", 4
+    bos, device, d_model, outlier_limit = BOS, "cpu", 4, math.inf
+    usable = LanguageModel.usable
 
     def __init__(self, dtype: str = "float32", batch_rows: int = 4, loud: tuple = ()):
         self.config, self.loud = SimpleNamespace(dtype=dtype, batch_rows=batch_rows), loud
@@ -105,7 +108,9 @@ def stored(small_shards, tmp_path) -> StoredActivations:
 
 
 def streamed(buffer_rows: int = 7, scale: float = 2.0, **model) -> StreamedActivations:
-    return StreamedActivations(MarkingModel(**model), make_split(), settings(1, buffer_rows=buffer_rows), scale, limit=1000.0)
+    marking = MarkingModel(**model)
+    marking.outlier_limit = 1000.0
+    return StreamedActivations(marking, make_split(), settings(1, buffer_rows=buffer_rows), scale)
 
 
 def take(source, batches: int, batch_size: int = 8, seed: int = 0, name: str = "a", cursor=(0, 0, 0)):
@@ -148,9 +153,21 @@ def test_outliers_are_left_out_and_counted(small_shards, tmp_path):
     """Also where the text is just long enough with them: what is left is stored to the last one."""
     artifact, record = harvested(tmp_path / "harvest", len(ALL), MarkingModel(loud=LOUD))
     source = StoredActivations(artifact, record["scale"])
-    assert record["outliers_dropped"] == len(LOUD) and record["harvested"] == len(source) == len(ALL) - len(LOUD)
+    assert record["harvested"] == len(source) == len(ALL) - len(LOUD)
+    assert record["outliers_dropped"] == len(LOUD)
     assert ids_of(source.rows(torch.arange(len(source))), source.scale) == [i for i in ALL if i not in LOUD]
     assert float(source.rows(torch.arange(len(source))).square().sum(1).mean()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_residuals_that_are_all_the_same_are_refused(tmp_path):
+    class Constant(MarkingModel):
+        hook_name = "blocks.0.hook_resid_post"
+
+        def lower(self, tokens):
+            return torch.full((*tokens.shape, 4), 0.1)
+
+    with pytest.raises(UserError, match="blocks.0.hook_resid_post are the same at every position: look at the model"):
+        harvested(tmp_path / "harvest", len(ALL), Constant())
 
 
 def test_bfloat16_shards(small_shards, tmp_path):
@@ -202,7 +219,7 @@ def test_a_residual_that_is_no_number_is_named_and_nothing_is_written(store, bad
     with pytest.raises(UserError, match=f"of the train split, contexts {first} to {first + 3} hold NaN or Inf at 1 of "):
         harvested(tmp_path / "harvest", len(ALL), Broken(), store=store)
     assert list(tmp_path.iterdir()) == []
-    source = StreamedActivations(Broken(), make_split(), settings(1, buffer_rows=7), 2.0, limit=1000.0)
+    source = StreamedActivations(Broken(), make_split(), settings(1, buffer_rows=7), 2.0)
     with pytest.raises(UserError, match="of the train split hold NaN or Inf at 1 of "):
         take(source, 18)
 

@@ -4,6 +4,7 @@ Twenty orthonormal directions fire in sparse combinations; ten of them are stron
 these. A first prefix knows the strong ones, so only attribution can tell the four.
 """
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from dmsae_lib.activations import StreamedActivations, usable_residuals
 from dmsae_lib.attribution import attribute
 from dmsae_lib.core import Core, candidate_pool, control_core, distil, reading_members
 from dmsae_lib.evaluation import calibrate_threshold
+from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.seeds import generator
 from dmsae_lib.settings import DataConfig, TrainingConfig
@@ -28,7 +30,8 @@ D_SAE, PREFIXES, K, BATCH, STEPS = 48, (18, 30), 2, 256, 600
 class PlantedModel:
     """The LanguageModel interface. The current token and the two before it each add one feature, or none."""
 
-    bos, device = 0, "cpu"
+    bos, device, outlier_limit = 0, "cpu", math.inf
+    usable = LanguageModel.usable
     config = SimpleNamespace(batch_rows=64, dtype="float32")
 
     def __init__(self, seed: int):
@@ -79,7 +82,7 @@ def chain(one_thread, tmp_path_factory):
     x = torch.cat(list(usable_residuals(model, train)))
     scale = float(x.square().sum(1).mean().sqrt())
     data = DataConfig(source="planted", train_tokens=len(x), select_tokens=1, test_tokens=1, buffer_rows=100)
-    source = StreamedActivations(model, train, data, scale, limit=1e9)
+    source = StreamedActivations(model, train, data, scale)
     found: list[tuple[MatryoshkaSAE, object, Core]] = []
     for cycle in range(3):
         previous = found[-1][2] if found else None

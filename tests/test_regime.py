@@ -1,5 +1,7 @@
 """The gates of the regime and the rule for the learning rate, by hand."""
 
+import math
+
 import pytest
 
 from dmsae_lib.config import load_config
@@ -16,6 +18,8 @@ def test_a_curve_that_still_falls_is_told_from_a_flat_one():
     assert still_falling(history([1.0] * 30 + [0.9] * 10 + [0.1] * 10), 0.2) == pytest.approx(0.1)  # not the decay's own fall
     assert still_falling(history([1 / (i + 1) for i in range(50)]), 0.2) > 0.1
     assert still_falling(history([0.3]), 0.2) == pytest.approx(0)  # too short to say
+    assert still_falling(history([1.0, math.nan] * 25), 0.2) == pytest.approx(0)  # some batches have no FVU
+    assert still_falling(history([math.nan] * 9), 0.2) == 1
 
 
 def test_gates_by_hand():

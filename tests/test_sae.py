@@ -211,3 +211,21 @@ def test_the_first_latents_alone(make=make_sae):
         for threshold in (torch.tensor(0.3, dtype=torch.float64), torch.linspace(0, 1, D_SAE, dtype=torch.float64)):
             sae.threshold = threshold
             torch.testing.assert_close(sae.encode(x, first=CORE + 3), sae.encode(x)[:, : CORE + 3], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cast", [lambda sae: sae.to(torch.bfloat16).to(torch.float32), lambda sae: sae.half().float(),
+                                  lambda sae: sae.bfloat16().double(), lambda sae: sae.to("cpu", torch.float16)])  # fmt: skip
+def test_thresholds_are_the_same_after_any_cast(cast):
+    """A float64 with all its bits in use, one for all latents and one for each."""
+    for shape in ((), (24,)):
+        sae = MatryoshkaSAE(8, 24, (6,), torch.randn(3, 8))
+        sae.threshold, sae.threshold_ema = (torch.full(shape, value, dtype=torch.float64) for value in (1 / 3, 0.1))
+        moved = cast(sae)
+        assert torch.equal(moved.threshold, torch.full(shape, 1 / 3, dtype=torch.float64))
+        assert torch.equal(moved.threshold_ema, torch.full(shape, 0.1, dtype=torch.float64))
+        assert moved.W_dec.dtype == moved.core_rows.dtype != torch.int64
+
+
+def test_thresholds_move_with_the_module():
+    moved = MatryoshkaSAE(8, 24, (6,), torch.randn(3, 8)).to("meta", torch.bfloat16)
+    assert moved.threshold.is_meta and moved.threshold.dtype == torch.float64 and moved.W_dec.dtype == torch.bfloat16

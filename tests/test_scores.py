@@ -87,7 +87,14 @@ def test_every_eval_says_whether_it_ran_and_else_why(run):
     assert summary["evals"]["absorption"] | {"needs": ""} == {"needs": "", "doubt": "", "scores": 0,
                                                              "not_run": "the model cannot spell"}
     assert not any(row["metric"] == FULL for row in summary["differences"])
-    assert scores.eval_rows({}, asked=())["core"]["not_run"] == "the configuration does not ask for it"
+    assert scores.eval_rows({}, asked=(), outliers=0.0)["core"]["not_run"] == "the configuration does not ask for it"
+
+
+def test_the_core_eval_is_doubted_where_there_are_outliers():
+    """Alone: it cannot leave them out, and the others are not about fidelity."""
+    doubted = {name: row["doubt"] for name, row in scores.eval_rows({}, (), 0.0004).items()}
+    assert doubted["core"] == "counts the outliers, 0.04% of the tokens"
+    assert doubted | {"core": ""} == {name: row["doubt"] for name, row in scores.eval_rows({}, (), 0.0).items()}
 
 
 def test_a_run_without_the_suite_compares_with_one_that_has_it_in_all_else(run):

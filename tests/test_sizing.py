@@ -18,7 +18,7 @@ from dmsae_lib.artifacts import UserError
 from dmsae_lib.attribution import attribute
 from dmsae_lib.config import load_config
 from dmsae_lib.corpus import tokenise
-from dmsae_lib.language_model import LanguageModel, next_token_loss
+from dmsae_lib.language_model import LanguageModel, next_token_loss, usable_positions
 from dmsae_lib.plan import stages as stages_of
 from dmsae_lib.plots_sizing import sizing
 from dmsae_lib.results import Results
@@ -134,7 +134,8 @@ def test_attribution_takes_the_flops_of_its_candidates_at_all_positions():
     sized = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(0.5, 8), core=5)
     sae = MatryoshkaSAE(128, config.sae.d_sae, config.sae.prefixes, torch.ones(5, 128)).requires_grad_(False)
     model = SimpleNamespace(bos=0, device="cpu", config=config.model, lower=lambda tokens: torch.ones(*tokens.shape, 128),
-                            upper=lambda tokens, resid: resid * 1)  # fmt: skip
+                            upper=lambda tokens, resid: resid * 1,
+                            usable=lambda tokens, lengths, resid: usable_positions(tokens, lengths, 0))  # fmt: skip
     split = {"tokens": np.full((128, 16), 7), "lengths": np.full(128, 8)}
     assert activations.usable_count(split, 0).sum() == sized.text.collected(1000)
     ops = [op for op in sized._attribute(sized.cored) if not op.forward]
@@ -240,8 +241,8 @@ def test_shared_cycles_placebos_and_retrained_chains_are_counted_once_each():
     assert sum(name.endswith("_train") for name in names) == 23 and sum(name.endswith("retrain") for name in names) == 2
 
 
-def test_four_copies_of_a_streamed_block_live_while_the_next_is_made(monkeypatch):
-    """Counted among all tensors at the moment of the last operation, whose result is the fourth."""
+def test_three_copies_of_a_streamed_block_live_while_the_next_is_made(monkeypatch):
+    """Counted among all tensors at the moment of the last operation, whose result is the third."""
     rows, width, seen = 64, 1237, []  # a size that no other tensor has
 
     class Scale:
@@ -253,7 +254,7 @@ def test_four_copies_of_a_streamed_block_live_while_the_next_is_made(monkeypatch
     blocks = [torch.ones(16, width) for _ in range(4)]
     monkeypatch.setattr(activations, "usable_residuals", lambda model, split: iter([block.clone() for block in blocks]))
     data = load_config("default", ["data.store=stream", "data.buffer_rows=64"]).data
-    source = activations.StreamedActivations(None, {"tokens": np.zeros((200, 1))}, data, Scale(), limit=1e9)
+    source = activations.StreamedActivations(None, {"tokens": np.zeros((200, 1))}, data, Scale())
     batches = source.batches(rows, 0, "test")
     for _ in range(3):
         next(batches)

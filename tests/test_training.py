@@ -1,5 +1,6 @@
 """The Trainer: the frozen core, the moving budget, thresholds, checkpoints, and what goes wrong."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -251,3 +252,19 @@ def test_history_columns():
     last = trainer.history[-1]
     assert last["tokens"] == 4 * BATCH and last["L0_total"] == pytest.approx(K) and last["L0_core"] == stats.l0_core
     assert last["lr"] == learning_rate(3, 120, config())
+
+
+@pytest.mark.parametrize("shape", [(BATCH,), (BATCH, D_IN + 1), (2, BATCH, D_IN)])
+def test_activations_of_another_shape_are_refused(shape):
+    with pytest.raises(UserError, match=rf"have the shape .*{shape[-1]}.*: give batches \(batch_size, {D_IN}\)"):
+        Trainer(make_sae(), config(), steps=2).train_step(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("x", [torch.randn(1, D_IN), torch.ones(BATCH, D_IN)], ids=["one row", "equal rows"])
+def test_a_batch_without_variance_has_no_fvu_and_ends_nothing(x, tmp_path):
+    trainer = Trainer(make_sae(), config(batch_size=len(x)), steps=4)
+    train_sae(trainer, lambda cursor: ((x, (0, 0, i)) for i in itertools.count()), tmp_path / "checkpoint", {}, lambda line: None)
+    trainer.save(tmp_path / "checkpoint", {})
+    assert trainer.step == 4 and [row["fvu"] for row in trainer.history] == [None] * len(trainer.history)
+    again = Trainer(make_sae(), config(batch_size=len(x)), steps=4)
+    assert again.resume(tmp_path / "checkpoint", {}) and again.history == trainer.history
