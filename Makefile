@@ -11,6 +11,7 @@ AS =
 REPO =
 LICENCE =
 PUBLIC =
+STRICT =
 PYTHON =
 PY = .venv/bin/python
 TORCH = torch==2.13.0
@@ -63,8 +64,8 @@ saebench: stages ## run the rest of SAEBench (saebench.suite: absorption, TPP, S
 smoke: ## the whole paper at toy size, in minutes
 	@$(MAKE) --no-print-directory reproduce CONFIG=smoke
 
-compare: $(ENVIRONMENT) ## set the run's numbers and verdicts beside the published ones; fails if they differ
-	@$(PY) -m dmsae_lib.manage compare $(WHICH)
+compare: $(ENVIRONMENT) ## set the run's numbers and verdicts beside the published ones (STRICT=1: fail unless all are the same)
+	@$(PY) -m dmsae_lib.manage compare $(WHICH) $(if $(STRICT),--strict)
 
 status: $(ENVIRONMENT) ## show each stage: missing, stale and why, or present; when and by which code it was made
 	@$(PY) -m dmsae_lib.manage status $(WHICH)

@@ -18,7 +18,6 @@ from dmsae_lib.provenance import code_state
 from dmsae_lib.run_lock import locked
 
 CODE = ("dmsae_lib", "requirements.lock")
-MOVED = 10  # numbers within tolerance that `compare` shows, those nearest to it
 
 
 def stage_state(run: Run, stage: Stage) -> str:
@@ -82,31 +81,38 @@ def _number(value: object) -> str:
     return "-" if value is None else value if isinstance(value, str) else f"{value:.5g}"
 
 
-def compare(run: Run) -> int:
-    """Set the run's summary beside the published one; 0 unless a number left its tolerance or a verdict changed."""
-    from dmsae_lib import results
+def compare(run: Run, strict: bool = False) -> int:
+    """Say how the run agrees with the published one: 0 whatever comes out, for the run is complete.
+
+    ``strict``, the gate for one and the same machine: 1 unless every number and verdict is the published one.
+    """
+    from dmsae_lib import agreement
+    from dmsae_lib.results import Results
 
     published = run.root / "results" / run.config.name
     if not (published / "summary.json").is_file():
         print(f"Nothing is published for {run.config.name}, so there is nothing to compare runs/{run.name} with.")
         return 0
-    ours, theirs = results.Results(run.folder / "summary").summary, results.Results(published).summary
-    rows = results.compare(ours, theirs)
-    changed = [row for row in rows if not row["ok"]]
-    verdicts = [row for row in rows if row["ok"] and isinstance(row["fresh"], str)]
-    moved = [row for row in rows if row["ok"] and row["difference"]]
-    moved.sort(key=lambda row: abs(row["difference"]) / row["tolerance"], reverse=True)
-    columns = ("metric", "published", "fresh", "difference", "tolerance")
-    lines = [(*columns, "")]
-    for row in [*verdicts, *moved[:MOVED], *changed]:
-        lines.append((row["metric"], *(_number(row[name]) for name in columns[1:]), "" if row["ok"] else "<- differs"))
-    print(table(lines))
-    if unasked := sorted(results.optional_evals(ours) ^ results.optional_evals(theirs)):
+    ours, theirs = Results(run.folder / "summary").summary, Results(published).summary
+    rows = agreement.compare(ours, theirs)
+    found, columns = agreement.assess(rows), ("metric", "published", "fresh", "difference", "tolerance")
+    shown = [row for row in rows if not row["ok"]]
+    if shown:
+        print(table([(*columns, ""), *((row["metric"], *(_number(row[name]) for name in columns[1:]), "far" if row["far"] else "")
+                                       for row in shown)]))
+    if unasked := sorted(agreement.optional_evals(ours) ^ agreement.optional_evals(theirs)):
         print(f"Not compared, because `make saebench` ran for one of the two alone: {', '.join(unasked)}.")
-    equal = sum(row["published"] == row["fresh"] for row in rows)
-    print(f"{len(rows)} values against results/{run.config.name}: {equal} identical, "
-          f"{len(rows) - equal - len(changed)} within tolerance, {len(changed)} beyond it.")  # fmt: skip
-    return 1 if changed else 0
+    within = found["numbers"] - found["identical"] - found["beyond"]
+    print(f"{found['numbers']} numbers against results/{run.config.name}: {found['identical']} identical, {within} within what two "
+          f"seeds differ by, {found['beyond']} beyond it ({found['expected']:.0f} are expected by chance).")
+    changed = "; ".join(f"{name} {after}, published: {before}" for name, (before, after) in found["verdicts"].items())
+    print(f"Verdicts: {changed or 'all as published'}.")
+    if found["disagrees"]:
+        print(f"THIS RUN DISAGREES WITH THE PUBLISHED ONE; it is kept as it is in runs/{run.name}. `make status` shows whether "
+              "today's code made all of it, its summary/provenance.json which versions; if both are in order, please report that "
+              "file and the table above.")
+    exact = all(row["published"] == row["fresh"] for row in rows)
+    return 1 if strict and not exact else 0
 
 
 def _checked(name: str) -> str:
@@ -226,6 +232,7 @@ def main() -> int:
     parser.add_argument("--to", default="", help="for push-core: owner/name on the Hub, or a folder")
     parser.add_argument("--licence", default="", help="for push-core: an identifier of the Hub, such as mit or gemma")
     parser.add_argument("--public", action="store_true", help="for push-core: a new repository is not private")
+    parser.add_argument("--strict", action="store_true", help="for compare: fail unless every number is the published one")
     run_arguments(parser)
     options = parser.parse_args()
     run = open_run(options.config, options.run, options.set)
@@ -233,7 +240,7 @@ def main() -> int:
         case "status":
             status(run)
         case "compare":
-            return compare(run)
+            return compare(run, options.strict)
         case "publish":
             publish(run, options.name)
         case "core":

@@ -1,4 +1,4 @@
-"""What a summary must look like, and how a fresh one compares with the published one.
+"""What a summary must look like, and where published ones lie.
 
 ``summary.schema.json`` (JSON Schema 2020-12) fixes the shape; :func:`validate` adds what a schema cannot say.
 """
@@ -12,22 +12,6 @@ from typing import Any
 from dmsae_lib.artifacts import ArtifactError, UserError, load
 
 Row = dict[str, Any]
-
-# Tolerances of `compare`: (absolute, relative); the larger of the two counts. On the machine and thread count of the
-# published run every number repeats exactly; another CPU adds in another order, and training magnifies the last bit
-# until two runs differ about as two seeds do. The tolerances are therefore of the size of seed noise, and below the
-# effects that the claims speak of.
-TOLERANCES: dict[str, tuple[float, float]] = {
-    "loss": (0.001, 0.0),  # nats per token of the bare model: the weights are given, only rounding differs
-    "size": (3.0, 0.10),  # core latents: the change that claim C1 still calls settled
-    "L0_total": (0.0, 0.04),  # both runs calibrated to 2 % of k
-    "L0_core": (1.0, 0.10),  # not calibrated: follows from which latents were selected
-    "loss_increase": (0.03, 0.0),  # nats: three standard deviations between the seeds of the extended run
-    "fvu": (0.01, 0.05),
-    "probe": (0.02, 0.0),  # mean accuracy over the sets: a few test texts per set
-    "score": (0.01, 0.0),  # SAEBench's core numbers, all shares of 1
-    "suite": (0.05, 0.0),  # its other evals: shares of 1 too, over few texts or letters
-}
 
 
 @cache
@@ -98,64 +82,3 @@ class Results:
             raise UserError(f"{path} is missing beside summary.json: run `make publish` to write it again.")
         with open(path, newline="", encoding="utf-8") as handle:
             return list(csv.DictReader(handle))
-
-
-def _kind_of_score(name: str) -> str | None:
-    if "." in name:
-        return "suite"
-    return "probe" if name.startswith("probe_") else "score" if name in ("ce_loss_score", "explained_variance_legacy") else None
-
-
-def optional_evals(summary: Row) -> set[str]:
-    """Those of SAEBench's evals that ran beyond what ``make reproduce`` runs."""
-    return {name for name, row in summary["evals"].items() if row["scores"]} - {"core", "sparse_probing"}
-
-
-def _comparable(summary: Row) -> dict[str, tuple[str, float]]:
-    """{metric: (kind of tolerance, value)} of every number that a second run should give again."""
-    model = summary["language_model"]
-    found = {f"language_model.{name}": ("loss", model[name]) for name in ("clean_loss", "zero_loss", "mean_loss")}
-    for row in summary["cycles"]:
-        place, l0 = f"cycles[{row['cycle']}]", row["L0"]
-        found |= {f"{place}.core_out": ("size", row["core_out"]), f"{place}.kept": ("size", row["kept"]),
-                  f"{place}.L0.core": ("L0_core", l0["core"]), f"{place}.L0.total": ("L0_total", l0["total"]),
-                  f"{place}.fvu": ("fvu", row["fvu"]["full"]),
-                  f"{place}.loss_increase": ("loss_increase", row["loss_increase"]["full"])}
-    found["final_core.size"] = ("size", summary["final_core"]["size"])
-    for row in summary["retrain"]:
-        chain = "" if row["chain"] == "main" else f"chain {row['chain']}, "
-        place = f"retrain[{chain}k={row['k']}, {row['core']}, seed {row['seed']}]"
-        total = "L0_core" if row["unbound"] else "L0_total"  # an unbound SAE has the L0 that its core dictates
-        found |= {f"{place}.L0.total": (total, row["L0"]["total"]), f"{place}.fvu": ("fvu", row["fvu"]),
-                  f"{place}.loss_increase": ("loss_increase", row["loss_increase"])}
-        for name, value in (row["saebench"] or {}).items():
-            if value is not None and (kind := _kind_of_score(name)):
-                found[f"{place}.{name}"] = (kind, value)
-    return found
-
-
-def compare(fresh: Row, published: Row) -> list[Row]:
-    """Rows {metric, published, fresh, difference, tolerance, ok} for every number and every verdict.
-
-    A number that only one side has, and a changed verdict, are not ok; verdicts have no difference and no tolerance.
-    What only one side was asked to run (``make saebench``) is left out; no verdict depends on it.
-    """
-    new, old = _comparable(fresh), _comparable(published)
-    unasked = optional_evals(fresh) ^ optional_evals(published)
-    rows = []
-    for metric in old | new:
-        if metric.rpartition("].")[2].partition(".")[0] in unasked:
-            continue
-        values = [side[metric][1] if metric in side else None for side in (old, new)]
-        row = {"metric": metric, "published": values[0], "fresh": values[1], "difference": None, "tolerance": None}
-        if None in values:
-            rows.append(row | {"ok": values[0] == values[1]})
-            continue
-        absolute, relative = TOLERANCES[old[metric][0]]
-        tolerance, difference = max(absolute, relative * abs(values[0])), values[1] - values[0]
-        rows.append(row | {"difference": difference, "tolerance": tolerance, "ok": abs(difference) <= tolerance})
-    for name, claim in published["claims"].items():
-        verdicts = claim["verdict"], fresh["claims"][name]["verdict"]
-        rows.append({"metric": f"claims.{name}", "published": verdicts[0], "fresh": verdicts[1], "difference": None,
-                     "tolerance": None, "ok": verdicts[0] == verdicts[1]})
-    return rows

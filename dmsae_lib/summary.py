@@ -13,6 +13,7 @@ from statistics import StatisticsError, correlation
 from typing import Any
 
 from dmsae_lib import scores
+from dmsae_lib.agreement import tolerances
 from dmsae_lib.artifacts import Artifact, ArtifactError, load, write
 from dmsae_lib.claims import judge, judged_chains
 from dmsae_lib.config import Run
@@ -253,6 +254,7 @@ def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
                      "candidates": row["candidates"]}
                     for k in config.retrain.ks for row in stages.attributed(k) for share, size in row["coverage_curve"]],
         "probing_baselines": stages.probing()})
+    summary["tolerances"] = readable(tolerances(summary))
     summary["regime"] = readable(regime(stages, summary))
     summary["claims"] = readable(judge(summary))
     _, attribution, core = stages.cycle(last)
