@@ -11,8 +11,8 @@ Modules are stacked in floors and import only from floors below their own (a tes
 5. ``gradients`` (the training step), ``core``, ``interop`` and its parts (the formats of other libraries)
 6. ``training``, ``arms`` (the control cores), ``identity`` (of cores across chains), ``core_format``, ``saebench`` and its parts
 7. ``fit`` (train, calibrate, measure, write SAEs)
-8. ``verdicts``, ``equal_l0``, ``regime``, ``claims``, ``scores``, ``reviewers``, ``summary``, ``agreement``, ``results``, ``plots`` and its parts,
-   ``sizing`` and its stages, ``readme``, ``hub``
+8. ``verdicts``, ``equal_l0``, ``regime``, ``claims``, ``scores``, ``reviewers``, ``agreement``, ``summary``, ``results``,
+   ``plots`` and its parts, ``sizing`` and its stages, ``readme``, ``hub``
 
 ``plan``, ``run_notebook``, ``run_lock`` and ``manage`` stand behind the Makefile.
 

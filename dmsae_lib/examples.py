@@ -56,3 +56,15 @@ def logit_effects(directions: Tensor, model: LanguageModel, n: int = 6) -> list[
         return [model.tokenizer.decode([int(token)]) for token in order]
 
     return [{"raises": words(row.topk(n).indices), "lowers": words((-row).topk(n).indices)} for row in effects]
+
+
+def as_cell(text: str) -> str:
+    """``text`` as it is in a cell of a Markdown table, whatever the tokens hold; what cannot be printed is marked."""
+    text = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return text.replace("|", "\\|").replace("\n", "⏎").replace("`", "'").replace("*", "\\*").replace("<", "&lt;")
+
+
+def marked(context: dict[str, Any]) -> str:
+    """One entry of :func:`top_contexts` in a cell, its token in bold."""
+    before, token, after = (as_cell(context[part]) for part in ("before", "token", "after"))
+    return f"{before}{' ' * token.startswith(' ')}**{token.strip() or '␣'}**{after}"

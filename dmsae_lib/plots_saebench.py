@@ -93,4 +93,4 @@ def paper_scale(results: Results) -> Figure | None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     who = "released SAEs of width 65,536, measured by a third party (results/reference)"
     caption = f"Gemma-2-2B, block 12: {who}" + (", behind ours." if ours else "; no run of ours at that scale is in these results.")
-    return style.finish(figure, results, caption, style.bars_note(drawn) if ours else "")
+    return style.finish(figure, results, caption, style.bars_note(drawn) if ours else "", "" if ours else "results/reference")

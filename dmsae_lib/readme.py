@@ -48,6 +48,13 @@ def _gates(summary: Row) -> list[str]:
                                                 ", **not met**")] for row in summary["regime"]))
 
 
+def _core_eval(summary: Row) -> str:
+    """sae_bench's loss of the bare model, which is another one."""
+    losses = [row["saebench"]["ce_loss_without_sae"] for row in summary["retrain"]
+              if "ce_loss_without_sae" in (row["saebench"] or {})]
+    return f" sae_bench's core eval gives {losses[0]:.2f}, since it counts BOS among what is to be predicted." if losses else ""
+
+
 def _rule(sweep: Row) -> str:
     return "none" if sweep["chosen"] is None else f"{sweep['chosen']:g}"
 
@@ -177,7 +184,9 @@ def results_block(summary: Row, made: Row, base_model: Row | None, extended: Row
         nats, bits = base_model["nats_per_token"], base_model["bits_per_byte"]
         found += ["**The embedded model** on held-out text: " + ", ".join(
             f"{name} {nats[key]:.2f} nats per token ({bits[key]:.2f} bits per byte)"
-            for name, key in [("model", "model"), ("3-gram with back-off", "trigram"), ("unigram", "unigram")]) + ".", ""]
+            for name, key in [("model", "model"), ("3-gram with back-off", "trigram"), ("unigram", "unigram")])
+            + f". The loss from which increases are counted is {summary['language_model']['clean_loss']:.2f}: on the first "
+            "tokens of today's test split, which has lost the near-duplicates of training text." + _core_eval(summary), ""]
     if chains["regime"]:
         found += [f"**The regime** of the {wide} run, of cycle 0 and of what is compared (without a bound: reported alone):", "",
                   *_gates(chains)]

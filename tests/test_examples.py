@@ -1,10 +1,12 @@
 """Top contexts and logit effects of latents whose meaning is known, on a tiny random model."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from dmsae_lib.examples import logit_effects, top_contexts
+from dmsae_lib.examples import as_cell, logit_effects, marked, top_contexts
 from dmsae_lib.sae import MatryoshkaSAE
 
 
@@ -33,3 +35,13 @@ def test_logit_effects_follow_the_unembedding(tiny_llama):
     order = (direction @ model.bridge.W_U.float()).argsort(descending=True).tolist()
     assert effect["raises"] == [model.tokenizer.decode([token]) for token in order]
     assert effect["lowers"] == effect["raises"][::-1]
+
+
+def test_any_text_stays_in_its_cell():
+    """Every control and formatting character of the first planes, and what Markdown or HTML would read."""
+    hostile = "".join(map(chr, range(0x3000))) + "\u2028\u2029\ufeff\U000e0001</td><script>|*`"
+    cell = as_cell(hostile)
+    assert len(cell.splitlines()) == 1 and all(char.isprintable() for char in cell)
+    assert "<" not in cell and "`" not in cell and not re.search(r"(?<!\\)[|*]", cell)
+    context = {"before": "a | b\r\n", "token": " \x0bc", "after": "\x1b[0m"}
+    assert marked(context) == "a \\| b\N{REPLACEMENT CHARACTER}⏎ **\N{REPLACEMENT CHARACTER}c**\N{REPLACEMENT CHARACTER}[0m"

@@ -145,7 +145,8 @@ def test_axes_are_labelled_and_text_is_readable(results, name):
             shared = axes.get_shared_y_axes().get_siblings(axes)  # one label serves panels with one axis
             assert any(one.get_ylabel() for one in shared), name
             assert axes.get_xlabel() or axes.get_label() == "<colorbar>", name
-    assert results.hash[:12] in "".join(text.get_text() for text in figure.texts)
+    source = "results/reference" if name == "11_paper_scale" else results.hash[:12]  # others' numbers are not from our run
+    assert source in "".join(text.get_text() for text in figure.texts)
     page = figure.bbox.padded(1)
     assert all(text.get_fontsize() >= SMALL for text in figure.findobj(Text) if text.get_text())
     for text in written(figure):

@@ -158,6 +158,16 @@ def test_what_the_core_adds_at_each_rate(default):
     assert found[2][4].startswith("+0.1005 [") and found[2][5:] == ["0.20", "0.30"]
 
 
+def test_every_loss_of_the_one_model_is_told_from_the_others(default):
+    base = {"nats_per_token": dict.fromkeys(("model", "trigram", "unigram"), 3.9),
+            "bits_per_byte": dict.fromkeys(("model", "trigram", "unigram"), 1.7)}
+    block = results_block(default, MADE, base)
+    assert "model 3.90 nats" in block and f"increases are counted is {factory.CLEAN:.2f}: on the first tokens of today's" in block
+    assert "sae_bench" not in block.partition("**The regime**")[0]  # this run has no such number
+    rows = [row | {"saebench": {"ce_loss_without_sae": 4.2}} for row in default["retrain"]]
+    assert "core eval gives 4.20, since it counts BOS" in results_block(default | {"retrain": rows}, MADE, base)
+
+
 def test_gates_that_are_not_met_say_so(default):
     default = default | {"regime": [{"gate": "k / d_in", "value": 0.5, "bound": 0.25, "ok": False},
                                     {"gate": "share", "value": 0.7, "bound": None, "ok": True}]}
