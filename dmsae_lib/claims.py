@@ -79,7 +79,9 @@ def core_settles(chains: dict[str, list[Row]]) -> Row:
 
 
 def core_is_reselected(chains: dict[str, list[Row]], m_0: int) -> Row:
-    """C2: of the frozen rows more are selected again than of placebo rows, which nothing ever selected, in the same cycles.
+    """C2: of the frozen rows more are selected again than of as many rows of placebo chains, in the same cycles.
+
+    A placebo chain begins with rows that nothing ever selected; those that are selected again stay, and new ones fill it up.
 
     A part per kind of placebo, over each chain's mean over cycles 1 .. last; single cycles are reported. The claim's value is the
     smallest excess. Uniform selection among the candidates would keep core_out / (core_in + m_0) of the rows.

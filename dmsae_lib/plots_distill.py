@@ -162,8 +162,9 @@ def reselected(results: Results) -> Figure | None:
         axes.set_title(f"{kind.name} core, {_chains(kind)}")
     named = {name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels())}
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=2)
-    caption = ("Share of the frozen rows that the next selection takes again, for the core and for as many placebo rows, which "
-               "nothing selected. Uniform selection, a weak reference: as many latents drawn evenly from core and prefix 0.")
+    caption = ("Share of the frozen rows that the next selection takes again, for the core and for placebo chains of as many rows: "
+               "those of them that were selected again, and new ones that nothing selected. Uniform selection, a weak reference: "
+               "as many latents drawn evenly from core and prefix 0.")
     return style.finish(figure, results, caption, _lines(kinds))
 
 

@@ -14,6 +14,7 @@ from dmsae_lib.activations import NORM_SAMPLE_ROWS
 from dmsae_lib.config import RunConfig
 from dmsae_lib.corpus import DOCUMENTS, PROBING_SETS
 from dmsae_lib.evaluation import CALIBRATION_TOKENS
+from dmsae_lib.evaluation import SHARED_BYTES as MEASURING_BYTES
 from dmsae_lib.results import Results
 from dmsae_lib.saebench_core import SHARED_BYTES
 from dmsae_lib.saebench_probing import LARGEST_TRAIN, SMALLEST_TEST
@@ -119,9 +120,16 @@ class Sizing:
         block = 4 * cfg.data.buffer_rows * cfg.model.context_size * self.text.usable * self.shape.d_model
         matrices = 2 if self.cored.sparse(k, self.machine.device) else 4
         step = 4 * matrices * cfg.training.batch_size * cfg.sae.d_sae
-        measuring = self.logits_memory(backward=False) - self.model_bytes
+        measuring = self.logits_memory(backward=False) - self.model_bytes + self.kept_residuals
         streaming = BLOCK_COPIES * block if cfg.data.store == "stream" else 0
         return self.model_bytes + saes * self.plain.training + streaming + max(step, measuring)
+
+    @property
+    def kept_residuals(self) -> float:
+        """Those on which thresholds are set and, where they are few enough to keep, those of the test split."""
+        data, width = self.config.data, 4 * self.shape.d_model
+        tested = width * self.text.collected(data.test_tokens) / self.text.usable
+        return width * min(CALIBRATION_TOKENS, data.select_tokens) + (tested if tested <= MEASURING_BYTES else 0)
 
     def logits_memory(self, backward: bool) -> float:
         """The model, an SAE, its activations and the logits of one batch, with float32 copies for the loss."""

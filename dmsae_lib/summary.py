@@ -59,9 +59,14 @@ class Stages:
 
     def retrained(self, chain: str = "main") -> Iterable[tuple[int, str, int, Artifact]]:
         """(k, arm, seed, SAE) of everything trained with a chain's cores."""
+        known = set(self.retrain_index(chain).parents.values())
         for k in self.run.config.retrain.ks:
             for arm, seed in self.run.config.retrain_arms(k, chain):
-                yield k, arm, seed, self.get("sae", self.run.retrained(k, arm, seed, chain), self.harvest())
+                sae = self.get("sae", self.run.retrained(k, arm, seed, chain), self.harvest())
+                if sae.hash not in known:
+                    raise ArtifactError(f"{sae.folder} is not among those that {self.run.base(chain)}/retrain/index was made from: "
+                                        "run `make reproduce`, which makes it again.")
+                yield k, arm, seed, sae
 
     def imported(self) -> dict[tuple[int, str, int], Artifact]:
         """The SAEs trained elsewhere by (k, arm, seed)."""
@@ -69,11 +74,12 @@ class Stages:
 
     def attributed(self, k: int) -> list[Row]:
         """The SAEs retrained at ``k`` whose prefix 0 was attributed, with their curves of core size against coverage."""
-        return [row for row in self.retrain_index() if row["k"] == k and "coverage_curve" in row]
+        rows = self.retrain_index().json("index.json")["rows"]
+        return [row for row in rows if row["k"] == k and "coverage_curve" in row]
 
-    def retrain_index(self, chain: str = "main") -> list[Row]:
-        """What notebook 05 wrote of each SAE that it trained."""
-        return self.get("retrain_index", self.run.base(chain) / "retrain" / "index").json("index.json")["rows"]
+    def retrain_index(self, chain: str = "main") -> Artifact:
+        """What notebook 05 wrote of the SAEs that it trained with a chain's cores."""
+        return self.get("retrain_index", self.run.base(chain) / "retrain" / "index")
 
     @cached_property
     def scores(self) -> dict[Task, Row]:
@@ -143,7 +149,8 @@ def retrain_rows(stages: Stages, of_sae: dict[tuple[int, str, int], Row]) -> lis
     """
     ks, rows, frequencies = sorted(stages.run.config.retrain.ks), [], {}
     for chain in stages.run.config.retrained_chains:
-        before = {(row["k"], row["core"], row["seed"]): row["frequency_before"] for row in stages.retrain_index(chain)}
+        rows_of = stages.retrain_index(chain).json("index.json")["rows"]
+        before = {(row["k"], row["core"], row["seed"]): row["frequency_before"] for row in rows_of}
         for k, arm, seed, sae in stages.retrained(chain):
             metrics = sae.json("metrics.json")
             row = retrain_row(chain, k, arm, seed, metrics, of_sae.get((k, arm, seed)) if chain == "main" else None)

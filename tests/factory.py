@@ -176,7 +176,9 @@ def write_index(run: Run, chain: str) -> None:
             curve = [[c, round(candidates * c ** (2 - at / 200))] for c in COVERAGES]
             row |= {"coverage_curve": curve, "candidates": candidates}
         rows.append(row)
-    with write(run.base(chain) / "retrain" / "index", "retrain_index") as index:
+    saes = {f"k{k}/{arm}-seed{seed}": hash_of(run.retrained(k, arm, seed, chain), "sae")
+            for k in retrain.ks for arm, seed in run.config.retrain_arms(k, chain)}
+    with write(run.base(chain) / "retrain" / "index", "retrain_index", saes) as index:
         index.json("index.json", {"rows": rows})
 
 

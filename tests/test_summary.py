@@ -152,6 +152,16 @@ def test_a_stage_made_from_something_else_is_refused(small):
         summarise(small)
 
 
+def test_a_retrained_sae_that_the_index_does_not_know_is_refused(small):
+    """One of another core, left by an earlier run: it has the same harvest."""
+    old = load(small.retrained(64, "distilled", 0), "sae")
+    with write(old.folder, "sae", old.parents) as again:
+        again.json("metrics.json", old.json("metrics.json") | {"dead": 77})
+        again.csv("history.csv", old.csv("history.csv"))
+    with pytest.raises(ArtifactError, match="k64/distilled-seed0 is not among those that .*retrain/index was made from"):
+        summarise(small)
+
+
 def test_scores_of_another_sae_are_refused(small):
     task = Task(64, "distilled", 0, "core", 0)
     factory.write_scores(small, task, {"metrics": {}}, {"sae": "0" * 64})
