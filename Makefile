@@ -31,7 +31,14 @@ endif
 
 # With an environment of your own (PY=python, say inside conda) there is nothing to set up.
 ENVIRONMENT = $(if $(filter .venv/bin/python,$(PY)),.venv/.complete)
-WHICH = --config '$(CONFIG)' $(if $(RUN),--run '$(RUN)') $(foreach s,$(SET),--set '$s')
+# In single quotes for the shell, whatever spaces and quotes are in it.
+quoted = '$(subst ','\'',$(value $1))'
+WHICH = --config $(call quoted,CONFIG) $(if $(RUN),--run $(call quoted,RUN)) $(if $(value SET),--set $(call quoted,SET))
+# Lines that call make run even with -n, where nothing has been set up yet.
+DRY = $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
+UNREADY = $(if $(DRY),echo "the stages are listed once 'make setup' has run"; exit 0,\
+  echo "error: there is no $(PY): run 'make setup' or name a Python that there is as PY" >&2; exit 1)
+READY = $(if $(ENVIRONMENT),[ -e $(ENVIRONMENT) ] &&) command -v $(PY) > /dev/null || { $(UNREADY); }
 
 .DEFAULT_GOAL = help
 .PHONY: help setup reproduce stages saebench smoke test test-slow lint base-model status compare publish core push-core figures sizing bench bench-environment mend clean lock
@@ -39,8 +46,9 @@ WHICH = --config '$(CONFIG)' $(if $(RUN),--run '$(RUN)') $(foreach s,$(SET),--se
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "CONFIG=name            an experiment: $$(cd configs && echo *.yaml | sed 's/\.yaml//g') (or a file's path)"
-	@echo "SET='training.k=32'    override settings, several with spaces between; computed in runs/<config>--<hash>"
+	@echo "CONFIG=name            an experiment: $$(cd configs && for file in *.yaml; do printf '%s ' "$${file%.yaml}"; done) (or a file's path)"
+	@echo "SET='training.k=32'    override settings, several with spaces between, also in values;"
+	@echo "                       computed in runs/<config>--<hash>"
 	@echo "RUN=name               name the folder below runs/ yourself"
 	@echo "STAGE=cycle_2_train    for 'make stages': this stage and what it needs"
 	@echo "AS=name                for 'make publish' and 'make figures': the name below results/ and figures/"
@@ -54,12 +62,11 @@ reproduce: stages ## run the whole paper for CONFIG: every stage, the figures, t
 	@$(PY) -m dmsae_lib.manage compare $(WHICH)
 
 stages: $(ENVIRONMENT) ## run the stages that are missing or stale (with -n: print them)
-	@command -v $(PY) > /dev/null || { echo "# the stages are listed once 'make setup' has run"; exit 0; }; \
-	$(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" $(STAGE)
+	@$(READY); $(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" $(STAGE)
 
 saebench: stages ## run the rest of SAEBench (saebench.suite: absorption, TPP, SCR ...), then the summary with it
-	@$(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" saebench_suite
-	@$(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" stages
+	@$(READY); $(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" saebench_suite
+	@$(READY); $(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" stages
 
 smoke: ## the whole paper at toy size, in minutes
 	@$(MAKE) --no-print-directory reproduce CONFIG=smoke
@@ -71,20 +78,20 @@ status: $(ENVIRONMENT) ## show each stage: missing, stale and why, or present; w
 	@$(PY) -m dmsae_lib.manage status $(WHICH)
 
 publish: $(ENVIRONMENT) ## copy a finished run to results/ and figures/
-	@$(PY) -m dmsae_lib.manage publish $(WHICH) $(if $(AS),--as '$(AS)')
+	@$(PY) -m dmsae_lib.manage publish $(WHICH) $(if $(AS),--as $(call quoted,AS))
 
 core: $(ENVIRONMENT) ## write the finished run's core for others to use, runs/<run>/core
 	@$(PY) -m dmsae_lib.manage core $(WHICH)
 
 push-core: $(ENVIRONMENT) ## push the finished run's core with a model card to the Hub, or into a folder (REPO=)
-	@$(PY) -m dmsae_lib.manage push-core $(WHICH) --to '$(REPO)' $(if $(LICENCE),--licence '$(LICENCE)') $(if $(PUBLIC),--public)
+	@$(PY) -m dmsae_lib.manage push-core $(WHICH) --to $(call quoted,REPO) $(if $(LICENCE),--licence $(call quoted,LICENCE)) $(if $(PUBLIC),--public)
 
 figures: $(ENVIRONMENT) ## draw figures/CONFIG again from results/CONFIG alone
-	@$(PY) -m dmsae_lib.manage figures $(WHICH) $(if $(AS),--as '$(AS)')
+	@$(PY) -m dmsae_lib.manage figures $(WHICH) $(if $(AS),--as $(call quoted,AS))
 
 sizing: $(ENVIRONMENT) ## predict CONFIG's times, memory and disk beside what was measured, and the Gemma-2-2B run
-	@$(PY) -m dmsae_lib.run_notebook notebooks/08_sizing.ipynb runs/sizing/sizing.ipynb -p config '$(CONFIG)' -p write true $(NBFLAGS)
-	@cp runs/sizing/sizing.ipynb 'results/$(CONFIG)/notebooks/sizing.ipynb'
+	@$(PY) -m dmsae_lib.run_notebook notebooks/08_sizing.ipynb runs/sizing/sizing.ipynb -p config $(call quoted,CONFIG) -p write true $(NBFLAGS)
+	@cp runs/sizing/sizing.ipynb results/$(call quoted,CONFIG)/notebooks/sizing.ipynb
 	@$(PY) -m dmsae_lib.manage figures $(WHICH)
 
 base-model: $(ENVIRONMENT) ## train the embedded language model again, in runs/base_model (an hour on two cores)
@@ -92,7 +99,7 @@ base-model: $(ENVIRONMENT) ## train the embedded language model again, in runs/b
 	  -p run base_model -p tokens 30000000 -p documents 0 -p vocab_size 4096 -p batch_rows 32 $(NBFLAGS)
 
 bench: $(ENVIRONMENT) .venv-bench/.complete ## time a training step against SAELens and dictionary_learning (CASE='L-clean': that alone)
-	@env -u GOMP_SPINCOUNT $(PY) -m benchmarks.run $(if $(CASE),--case $(CASE))
+	@env -u GOMP_SPINCOUNT $(PY) -m benchmarks.run $(if $(CASE),--case $(call quoted,CASE))
 
 bench-environment: .venv-bench/.complete ## set up .venv-bench, which holds dictionary_learning
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
@@ -12,7 +11,8 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from benchmarks.cases import DICTIONARY, OURS, SAELENS
 from dmsae_lib import plot_style
 from dmsae_lib.artifacts import hash_json
-from dmsae_lib.plot_style import DOUBLE, MUTED, STYLE
+from dmsae_lib.house_style import MUTED, in_house_style
+from dmsae_lib.plot_style import DOUBLE
 
 Case = dict[str, Any]
 LOOK = {  # contestant: label, colour, marker
@@ -61,7 +61,7 @@ def growth(axes: Axes, measured: list[Case], over: str, divide: bool) -> None:
 def make(result: dict[str, Any]) -> Figure:
     steps, installed, widths, many = (cases_of(result, kind) for kind in ("step", "installed", "width", "many"))
     clean = [case for case in result["cases"] if case in steps + installed and not case["dead_share"]]
-    with matplotlib.rc_context(STYLE):
+    with in_house_style():
         figure = plot_style.new_figure(DOUBLE, 4.9)
         grid = figure.subplots(2, 2)
         if steps:

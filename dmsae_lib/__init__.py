@@ -2,8 +2,8 @@
 
 Modules are stacked in floors and import only from floors below their own (a test holds them to it):
 
-0. ``provenance``, ``atomic``, ``seeds``, ``runtime``, ``layout``
-1. ``artifacts`` and ``settings``, then ``config``, which checks a YAML file
+0. ``provenance``, ``atomic``, ``seeds``, ``layout``, ``house_style``
+1. ``artifacts``, ``runtime`` and ``settings``, then ``config``, which checks a YAML file read by ``config_file``
 2. ``corpus``, ``language_model``, ``base_model`` and its reference ``ngram``
 3. ``activations``, ``prefetch``, ``sparsity``, ``sae``, ``workers``
 4. ``entries`` (products with sparse activations), ``reference`` (the plain training step), ``attribution``, ``evaluation``,

@@ -3,20 +3,20 @@
 Unknown keys are refused, so a misspelt one cannot silently fall back to its default.
 """
 
-import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from dmsae_lib.artifacts import Artifact, UserError, hash_json, load, repository_root
+from dmsae_lib.config_file import expect, read_tree, validated
 from dmsae_lib.settings import (
     ARMS,
     CoreSettings,
     DataConfig,
     DistillConfig,
+    EachOnce,
     ModelConfig,
     Positive,
     RetrainConfig,
@@ -26,7 +26,6 @@ from dmsae_lib.settings import (
     TrainingConfig,
 )
 
-SHOWN = {"model.hook_name": "blocks.12.hook_resid_post"}  # an example says more than a regular expression
 STEP = {"sae": "train", "attribution": "attribute", "core": "distill"}  # what makes which artefact of a cycle
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -43,13 +42,16 @@ class RunConfig(Section):
     distill: DistillConfig
     retrain: RetrainConfig
     saebench: SaebenchConfig = SaebenchConfig()
-    learning_rate_sweep: list[Annotated[float, Field(gt=0)]] = []  # multiples of training.lr tried on cycle 0
+    learning_rate_sweep: EachOnce[Annotated[float, Field(gt=0)]] = []  # multiples of training.lr tried on cycle 0
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "RunConfig":
         prefixes, d_sae = self.sae.prefixes, self.sae.d_sae
         if not prefixes or any(b <= a for a, b in zip(prefixes, prefixes[1:])):
             raise ValueError(f"sae.prefixes is {prefixes}: the sizes must be given and increase")
+        theirs = self.distill.from_prefixes or []
+        if any(b <= a for a, b in zip(theirs, theirs[1:])):
+            raise ValueError(f"distill.from_prefixes is {theirs}: the sizes must increase")
         if prefixes[-1] >= d_sae:
             raise ValueError(f"sae.prefixes ends at {prefixes[-1]}: it must stay below sae.d_sae = {d_sae}")
         for setting, k in [("training.k", self.training.k), *(("retrain.ks", k) for k in self.retrain.ks)]:
@@ -151,72 +153,24 @@ class RunConfig(Section):
         return hash_json(self.model_dump(mode="json"))
 
 
-def _known_keys(model: type[BaseModel], location: tuple) -> list[str]:
-    for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        for kind in (annotation, *get_args(annotation)):  # a section, or a list of them
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                model = kind
-    return list(model.model_fields)
-
-
-def _one_sentence(error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(RunConfig, first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known there: {', '.join(known)}."
-        return f"{where}: unknown key {key}; {hint}"
-    if first["type"] == "missing":
-        return f"{where}: the key {key} is missing; add it."
-    if first["type"] == "value_error":
-        return f"{where}: {first['ctx']['error']}."
-    expected = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-    if first["type"] == "string_pattern_mismatch":
-        expected = f"it must look like {SHOWN.get(key, 'a-name')}"
-    return f"{where}: {key} is {first['input']!r}, but {expected}."
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"Override {override!r} is not of the form section.key=value.")
-    *path, last = key.split(".")
-    for part in path:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"Override {override!r}: {part} is not a section of the configuration.")
-    try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"Override {override!r}: the value is not valid YAML; put it in quotes.") from error
-
-
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read ``configs/<name>.yaml`` (a bare name works too) and apply ``section.key=value`` overrides.
+    """Read a YAML file, named by its path or as ``name`` of configs/<name>.yaml, and apply ``section.key=value`` overrides.
 
+    Paths in it are relative to the repository's root, or to its own folder where it lies outside the repository.
     Raises UserError, one sentence, for a missing file, broken YAML, unknown keys and impossible values.
     """
-    path = Path(path)
-    if not path.suffix and NAME.fullmatch(str(path)):
-        path = repository_root() / "configs" / f"{path}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in (repository_root() / "configs").glob("*.yaml")))
+    if not isinstance(path, Path):
+        expect(str, config=path)
+    expect(list, overrides=overrides)
+    root = repository_root()
+    named = [root / "configs" / f"{path}.yaml", Path(path), root / path, root / "configs" / path]  # wherever a notebook runs
+    found = next((place for place in named if place.is_file()), None)
+    if found is None:
+        names = ", ".join(sorted(p.stem for p in (root / "configs").glob("*.yaml") if p.is_file()))
         raise UserError(f"There is no configuration {path}: use one of {names}, or the path of a YAML file.")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no settings: it must be a YAML mapping.")
-    tree.setdefault("name", path.stem)
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_one_sentence(error, str(path.name))) from error
+    folder = found.parent.resolve()
+    inside = folder.is_relative_to(root)
+    return validated(RunConfig, read_tree(found, overrides), found.name, {"base": root if inside else folder, "inside": inside})
 
 
 class Run:
@@ -257,6 +211,7 @@ def open_run(config: str, run: str = "", overrides: list[str] | tuple[str, ...] 
     Without overrides that is ``runs/<config>``; with overrides ``runs/<config>--<hash8>``, so that a rerun with
     other parameters never overwrites the plain one; ``run`` names it freely.
     """
+    expect(str, run=run)
     resolved = load_config(config, overrides)
     if run and not NAME.fullmatch(run):
         raise UserError(f"The run name {run!r} cannot be a folder name: use letters, digits, '.', '_' and '-'.")

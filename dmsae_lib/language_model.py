@@ -224,6 +224,6 @@ def lowered(model: LanguageModel, split: dict[str, np.ndarray]):
 
 def describe(model: LanguageModel) -> dict[str, Any]:
     """What harvest/record.json says of the model."""
-    return {"name": model.config.name, "hash": model.hash, "n_layers": model.n_layers, "d_model": model.d_model,
+    return {"name": model.config.model_dump()["name"], "hash": model.hash, "n_layers": model.n_layers, "d_model": model.d_model,
             "hook_name": model.hook_name, "context_size": model.config.context_size,
             "architecture": json.loads((model.folder / "config.json").read_text()).get("architectures", ["unknown"])[0]}

@@ -20,6 +20,7 @@ import yaml
 from dmsae_lib.artifacts import UserError, explain_os_errors, write_json
 from dmsae_lib.atomic import write_text
 from dmsae_lib.config import Run, RunConfig, load_config, open_run
+from dmsae_lib.config_file import split_overrides
 from dmsae_lib.run_lock import lock
 from dmsae_lib.settings import TrainingConfig
 
@@ -197,7 +198,8 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which run is meant."""
     parser.add_argument("--config", default="default", help="name of a file in configs/, or the path of a YAML file")
     parser.add_argument("--run", default="", help="name of the folder below runs/")
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting")
+    parser.add_argument("--set", action="extend", type=split_overrides, default=[], metavar="section.key=value",
+                        help="override a setting, or several with spaces between")
 
 
 def main() -> None:

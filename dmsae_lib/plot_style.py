@@ -1,4 +1,4 @@
-"""How every figure looks: sizes, colours, labels, footnotes, and files without dates or random ids."""
+"""How the paper's figures look: sizes, colours, labels, footnotes, and files without dates or random ids."""
 
 import io
 import textwrap
@@ -16,26 +16,16 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FormatStrFormatter, 
 from dmsae_lib.atomic import write_bytes
 from dmsae_lib.claims import judged_chains
 from dmsae_lib.equal_l0 import CHAIN, SEED, per_unit
+from dmsae_lib.house_style import DPI, MUTED, SMALL, in_house_style
 from dmsae_lib.results import Results
 from dmsae_lib.verdicts import t_interval
 
 Row = dict[str, Any]
 Look = tuple[str, str, str]  # label, colour, marker
 SINGLE, DOUBLE = 3.3, 7.0  # inches: one and two columns of a paper
-DPI = 200
-INK, MUTED = "#222222", "#5f5f5f"
 SEEDS = "training seeds (one distilled core)"
 PLURAL = {CHAIN: "distillation chains", SEED: SEEDS}
 HOLLOW = "hollow: unbound (core alone reaches k)"
-SMALL = 7  # points; nothing is smaller
-STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,
-         "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "legend.frameon": False,
-         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": MUTED,
-         "axes.labelcolor": INK, "text.color": INK,
-         "xtick.color": INK, "ytick.color": INK, "axes.titlelocation": "left", "lines.linewidth": 1.3,
-         "lines.markersize": 5.5, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6,
-         "axes.axisbelow": True, "figure.facecolor": "white", "savefig.dpi": DPI, "svg.hashsalt": "dmsae",
-         "svg.fonttype": "path"}
 # The palettes of Okabe and Ito and of Tol, told apart by people with any kind of colour blindness; markers differ as well.
 ARMS: dict[str, Look] = {
     "none": ("Matryoshka baseline", "#0072B2", "o"),
@@ -120,7 +110,7 @@ def styled(draw: Callable[[Results], Figure | None]) -> Callable[[Results], Figu
     """Draw under the house style, whatever the caller's settings are."""
     @wraps(draw)
     def wrapper(results: Results) -> Figure | None:
-        with matplotlib.rc_context(STYLE):
+        with in_house_style():
             return draw(results)
     return wrapper
 
@@ -130,7 +120,7 @@ class Picture(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        with matplotlib.rc_context(STYLE):
+        with in_house_style():
             self.savefig(buffer, format="png", dpi=DPI)
         return buffer.getvalue()
 
@@ -251,7 +241,7 @@ def save(figure: Figure, folder: Path, name: str, results: Results) -> None:
     """PNG and SVG that are the same bytes whenever the same summary is drawn."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"Title": name, "Description": f"{figure.get_label()} Summary sha256 {results.hash}."}
-    with matplotlib.rc_context(STYLE):
+    with in_house_style():
         settle(figure)
         for ending, unsaid in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()

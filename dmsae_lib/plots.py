@@ -11,7 +11,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from dmsae_lib.atomic import write_text
-from dmsae_lib.plot_style import ARMS, SINGLE, SMALL, finish, new_figure, save, styled
+from dmsae_lib.house_style import SMALL
+from dmsae_lib.plot_style import ARMS, SINGLE, finish, new_figure, save, styled
 from dmsae_lib.plots_distill import core_identity, core_share, heatmap, origins, reselected, training
 from dmsae_lib.plots_retrain import controls, quality, saebench
 from dmsae_lib.plots_saebench import differences, paper_scale

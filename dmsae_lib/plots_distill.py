@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dmsae_lib import plot_style as style
-from dmsae_lib.plot_style import ARMS, DOUBLE, INK, MUTED, SINGLE, SMALL, styled
+from dmsae_lib.house_style import INK, MUTED, SMALL
+from dmsae_lib.plot_style import ARMS, DOUBLE, SINGLE, styled
 from dmsae_lib.results import Results
 
 SHARE_LIMIT = 0.75  # core L0 / k above which the non-core is starved

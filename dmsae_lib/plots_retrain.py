@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from dmsae_lib import plot_style as style
 from dmsae_lib.equal_l0 import baseline_at, score
-from dmsae_lib.plot_style import ARMS, DOUBLE, MUTED, styled
+from dmsae_lib.house_style import MUTED
+from dmsae_lib.plot_style import ARMS, DOUBLE, styled
 from dmsae_lib.results import Results, Row
 from dmsae_lib.settings import LONGER
 from dmsae_lib.verdicts import t_interval

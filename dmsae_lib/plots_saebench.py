@@ -7,7 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dmsae_lib import plot_style as style
-from dmsae_lib.plot_style import DOUBLE, MUTED, SEEDS, SINGLE, SMALL, styled
+from dmsae_lib.house_style import MUTED, SMALL
+from dmsae_lib.plot_style import DOUBLE, SEEDS, SINGLE, styled
 from dmsae_lib.results import Results
 
 REFERENCE = "reference/saebench_gemma-2-2b_65k.csv"  # below results/; its README says who measured it

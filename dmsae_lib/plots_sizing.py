@@ -5,7 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dmsae_lib.plot_style import ARMS, DOUBLE, INK, SMALL, finish, new_figure, styled
+from dmsae_lib.house_style import INK, SMALL
+from dmsae_lib.plot_style import ARMS, DOUBLE, finish, new_figure, styled
 from dmsae_lib.results import Results
 
 NAMES = {"train": "train cycles", "learning_rate": "learning rate", "saebench": "SAEBench"}

@@ -127,6 +127,14 @@ def run_notebook(source: Path, output: Path, given: dict[str, str], target: Path
     ``target`` is the artefact's manifest that it must leave behind, no older than the call. Raises UserError.
     """
     import papermill
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    class ThisPython(AsyncKernelManager):
+        """The kernel of this environment, whichever others the user has installed under the name of python3."""
+
+        kernel_spec = KernelSpec(**get_kernel_dict())
 
     stage, root = output.stem, repository_root()
     if not source.is_file():
@@ -142,6 +150,7 @@ def run_notebook(source: Path, output: Path, given: dict[str, str], target: Path
             papermill.execute_notebook(
                 notebook, str(running.resolve()), parameters, kernel_name="python3", language="python", cwd=str(root),
                 progress_bar=False, log_output=verbose, start_timeout=START_TIMEOUT, execution_timeout=timeout,
+                kernel_manager_class=ThisPython,
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it warns of its own loopback sockets
             )  # fmt: skip
             done = nbformat.read(running, as_version=4)

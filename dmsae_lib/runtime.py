@@ -8,6 +8,11 @@ import warnings
 
 import torch
 
+from dmsae_lib.atomic import UserError
+
+FEWER = {"OMP_THREAD_LIMIT": lambda value, threads: value.isdecimal() and int(value) < threads,
+         "OMP_DYNAMIC": lambda value, threads: value.lower() == "true",
+         "OMP_MAX_ACTIVE_LEVELS": lambda value, threads: value.isdecimal() and int(value) == 0}  # which values lower the number
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 KEEP = 2**31 - 1  # bytes
 
@@ -25,7 +30,15 @@ def keep_freed_memory() -> None:
 
 
 def prepare(threads: int) -> None:
-    """Set the thread count of the configuration, deterministic kernels, and quiet third-party chatter."""
+    """Set the thread count of the configuration, deterministic kernels, and quiet third-party chatter.
+
+    Raises UserError where the environment makes torch compute with fewer threads than it says: sums would have other last bits.
+    """
+    for name, lowers in FEWER.items():
+        value = os.environ.get(name, "").strip()
+        if threads > 1 and lowers(value, threads):
+            raise UserError(f"{name} is {value} in the environment, so that torch would use fewer than the configuration's "
+                            f"threads = {threads} and get other last bits: unset {name}, or set threads to 1.")
     keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

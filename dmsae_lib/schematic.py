@@ -4,7 +4,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from dmsae_lib.plot_style import ARMS, DOUBLE, INK, MUTED, SMALL, finish, new_figure, styled
+from dmsae_lib.house_style import INK, MUTED, SMALL
+from dmsae_lib.plot_style import ARMS, DOUBLE, finish, new_figure, styled
 from dmsae_lib.results import Results
 
 CORE, FREE = ARMS["distilled"][1], "#b9d7ea"

@@ -4,9 +4,11 @@ Every default that the paper does not fix is one of our decisions; ``configs/gem
 value.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+import os
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationInfo
 
 Aggregator = Literal["mean_abs", "abs_mean", "quantile", "frequency"]
 NEW_ROWS = ("random_directions", "data_points", "pca", "rotated")  # controls that no training has ever selected
@@ -23,6 +25,41 @@ CoreDecoder = Literal["random", "encoder"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Item = TypeVar("Item")
+
+
+def _each_once(values: list) -> list:
+    if twice := [value for n, value in enumerate(values) if value in values[:n]]:
+        raise ValueError(f"names {twice[0]} twice: it stands for a set, so name each once")
+    return values
+
+
+class _Place(str):
+    """The full path of something local, which knows how the configuration wrote it."""
+
+    written: str
+
+
+def _place(value: str, info: ValidationInfo) -> str:
+    """What ``value`` names below the context's ``base``; untouched where nothing lies there, as with the Hub's names."""
+    base = (info.context or {}).get("base")
+    if base is None or value in ("", "embedded") or (Path(__file__).parent / "embedded" / value / "config.json").is_file():
+        return value
+    place = _Place(os.path.normpath(os.path.join(base, os.path.expanduser(value))))
+    if not os.path.exists(place):
+        if os.path.exists(value):
+            raise ValueError(f"is {value}: paths are relative to {base}, where there is no such thing; write its full path")
+        return value
+    place.written = value if info.context["inside"] else str(place)  # a copy of the YAML in the run's folder means the same
+    return place
+
+
+def _written(place: str) -> str:
+    return getattr(place, "written", place)
+
+
+EachOnce = Annotated[list[Item], AfterValidator(_each_once)]
+Local = Annotated[str, AfterValidator(_place), PlainSerializer(_written)]  # a path, or the name of something elsewhere
 
 
 class Section(BaseModel):
@@ -30,7 +67,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str  # an embedded name, a local Hub-format folder, or a Hub id
+    name: Local  # an embedded name, a local Hub-format folder, or a Hub id
     hook_name: str = Field(pattern=r"^blocks\.\d+\.hook_resid_post$")
     context_size: Annotated[int, Field(ge=8)]
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -39,7 +76,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    source: str  # "embedded", a local .txt / .jsonl file or a folder of them, or a Hub data set id
+    source: Local  # "embedded", a local .txt / .jsonl file or a folder of them, or a Hub data set id
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
@@ -97,7 +134,7 @@ class Chain(Section):
     core_sparsity: CoreSparsity | None = None  # None: as in training, like the two that follow
     core_bias_init: CoreBias | None = None
     core_decoder_init: CoreDecoder | None = None
-    retrain: list[Arm] = []  # trained with this chain's own core at every k of retrain.ks with every seed of retrain.seeds
+    retrain: EachOnce[Arm] = []  # trained with this chain's own core at every k of retrain.ks with every seed of retrain.seeds
 
 
 class DistillConfig(Section):
@@ -107,41 +144,41 @@ class DistillConfig(Section):
     quantile: Fraction = 0.99
     final_core: Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"] = "last_two"
     chains: list[Chain] = []
-    placebos: list[Placebo] = []  # chains of as many frozen rows of this kind beside the core's: the null of C2
-    from_sae: str | None = None  # trained elsewhere, in place of cycle 0: a folder, or release:sae_id of SAELens
+    placebos: EachOnce[Placebo] = []  # chains of as many frozen rows of this kind beside the core's: the null of C2
+    from_sae: Local | None = None  # trained elsewhere, in place of cycle 0: a folder, or release:sae_id of SAELens
     from_prefixes: list[Positive] | None = None  # its nested sizes without the last, where its files do not say; []: not nested
 
 
 class RetrainConfig(Section):
-    ks: list[Positive]
-    seeds: list[int] = [0, 1, 2]
-    arms: list[Arm] = ["none", "distilled"]  # trained at every k with every seed
+    ks: EachOnce[Positive]
+    seeds: EachOnce[int] = [0, 1, 2]
+    arms: EachOnce[Arm] = ["none", "distilled"]  # trained at every k with every seed
     controls: dict[Arm, Positive] = {}  # number of seeds (draws) of each control arm
-    controls_at: list[Positive] | None = None  # None: at training.k only
-    imported: dict[Name, str] = {}  # trained elsewhere, to compare with: a folder, or release:sae_id of SAELens
+    controls_at: EachOnce[Positive] | None = None  # None: at training.k only
+    imported: dict[Name, Local] = {}  # trained elsewhere, to compare with: a folder, or release:sae_id of SAELens
 
 
 class SuiteConfig(Section):
     """The evals of ``make saebench``, beside the two that ``make reproduce`` runs."""
 
-    evals: list[str] | None = None  # None: all of them; those that cannot run here say why
-    arms: list[Arm] = ["none", "distilled"]
-    ks: list[Positive] | None = None  # None: retrain.ks
-    seeds: list[int] | None = None  # training seeds; None: retrain.seeds
+    evals: EachOnce[str] | None = None  # None: all of them; those that cannot run here say why
+    arms: EachOnce[Arm] = ["none", "distilled"]
+    ks: EachOnce[Positive] | None = None  # None: retrain.ks
+    seeds: EachOnce[int] | None = None  # training seeds; None: retrain.seeds
     # Draws of texts, splits and probes: all of them on the first training seed, the first alone on the others.
-    eval_seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
-    data: str | None = None  # a folder with sae_bench's own data sets, looked into before the Hub is asked
+    eval_seeds: EachOnce[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    data: Local | None = None  # a folder with sae_bench's own data sets, looked into before the Hub is asked
     judge: str = "gpt-4o-mini"  # autointerp: the model that explains and judges (sae_bench's own choice),
     judge_url: str = "https://api.openai.com/v1"  # its OpenAI-compatible endpoint (the key is in OPENAI_API_KEY alone),
     judge_latents: Positive = 100  # and how many latents it is asked about; sae_bench takes 1000
-    unlearning_corpus: str | None = None  # the folder of WMDP's bio-forget-corpus.jsonl, which is handed out on request
+    unlearning_corpus: Local | None = None  # the folder of WMDP's bio-forget-corpus.jsonl, which is handed out on request
 
 
 class SaebenchConfig(Section):
-    arms: list[Arm] = ["none", "distilled"]  # those scored, seven seconds each on two cores
-    probing_sets: list[str] | None = None  # None: the fixed list of dmsae_lib.corpus; [] : none
+    arms: EachOnce[Arm] = ["none", "distilled"]  # those scored, seven seconds each on two cores
+    probing_sets: EachOnce[str] | None = None  # None: the fixed list of dmsae_lib.corpus; [] : none
     dense_at_least: float = Field(0.6, ge=0, le=1)  # accuracy: sets that a probe on all channels misses are dropped
-    probing_ks: list[Positive] = Field([1, 5], min_length=1)
+    probing_ks: EachOnce[Positive] = Field([1, 5], min_length=1)
     core_rows: Positive = 64
     seed: int = 0
     suite: SuiteConfig = SuiteConfig()

@@ -179,6 +179,14 @@ class _Progress:
                         f"L0 {core:.1f} + {free:.1f} = {core + free:.1f}  dead {int(trainer.dead.sum())}")
 
 
+def _set_aside(checkpoint: Path) -> Path:
+    """Give a checkpoint another name, where the next one does not replace it; one that lay there already is removed."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.aside")
+    artifacts.remove(aside)
+    with artifacts.explain_os_errors(aside):
+        return checkpoint.rename(aside)
+
+
 Batches = Callable[[Cursor], Iterable[tuple[Tensor, Cursor]]]
 
 
@@ -191,12 +199,15 @@ def train_saes(trainers: Sequence[Trainer], batches: Batches, checkpoints: Seque
     Args:
         batches: given a cursor, yields (x (batch_size, d_in), next cursor) from there on.
         checkpoints: their folders; who writes the finished SAE removes them.
-        parents: per SAE the hashes of all that its training depends on; a checkpoint of anything else is ignored.
+        parents: per SAE the hashes of all that its training depends on; a checkpoint of anything else is set aside.
         finish: called with a trainer's number as soon as it has made its last step.
     """
     for trainer, folder, made_from in zip(trainers, checkpoints, parents):
         if trainer.resume(folder, made_from):
             report(f"resumed at step {trainer.step}/{trainer.steps}")
+        elif (folder / "manifest.json").is_file():
+            report(f"the checkpoint in {folder} was made with other settings or data: set aside as {_set_aside(folder).name}, "
+                   "training starts at step 0")
     todo = [i for i, trainer in enumerate(trainers) if trainer.step < trainer.steps]
 
     def ended_well(i: int) -> None:

@@ -20,7 +20,7 @@ from clone import make, make_clone
 from tiny_models import save_model
 
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import load_config
+from dmsae_lib.config import RunConfig, load_config
 from dmsae_lib.corpus import tokenise
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.run_notebook import check_parameters
@@ -65,6 +65,8 @@ CONFIG = {
     "no seeds": (["retrain.seeds=[]"], ["retrain.seeds", "one entry at least"]),
     "too little text for fresh tokens": (["data.fresh_factor=2"], ["data.fresh_factor is 2", "distill.cycles + 1 = 3"]),
     "two chains of one name": (["distill.chains=[{name: a}, {name: a}]"], ["distill.chains is ['a', 'a']", "differ"]),
+    "prefixes of another SAE that do not increase": (["distill.from_prefixes=[16, 16]"], ["from_prefixes is [16, 16]", "increase"]),
+    "a key twice": (["retrain.controls={random: 1, random: 1}"], ["the key random is there twice"]),
     "a hook of another kind": (["model.hook_name=blocks.1.hook_mlp_out"],
                                ["model.hook_name is 'blocks.1.hook_mlp_out'", "blocks.12.hook_resid_post"]),
 }  # fmt: skip
@@ -78,6 +80,43 @@ def test_configuration(case):
     assert_one_sentence(str(caught.value).replace("did you mean training?", "did you mean training?."), *parts)
 
 
+SETS = {
+    "retrain.ks": "[32, 16, 32]", "retrain.seeds": "[0, 1, 0]", "retrain.arms": "[none, distilled, none]",
+    "retrain.controls_at": "[32, 32]", "distill.placebos": "[pca, pca]", "learning_rate_sweep": "[1, 2.0, 1.0]",
+    "saebench.arms": "[none, none]", "saebench.probing_ks": "[1, 5, 1]", "saebench.probing_sets": "[54_cs_tf, 54_cs_tf]",
+    "saebench.suite.evals": "[mdl, mdl]", "saebench.suite.arms": "[none, none]", "saebench.suite.ks": "[32, 32]",
+    "saebench.suite.seeds": "[0, 0]", "saebench.suite.eval_seeds": "[2, 0, 2]",
+}
+
+
+@pytest.mark.parametrize("setting", SETS)
+def test_an_entry_that_is_there_twice(setting):
+    """It would be trained, scored or counted twice, or fail after everything was trained."""
+    with pytest.raises(UserError) as caught:
+        load_config("smoke", [f"{setting}={SETS[setting]}"])
+    assert_one_sentence(str(caught.value), f"smoke.yaml: {setting} names", "twice", "name each once")
+
+
+def test_every_list_of_settings_is_a_set_or_in_order():
+    """A list that is added later is one of the sets above, or is named here with what else refuses repeated entries."""
+    with pytest.raises(UserError, match="distill.chains.0.retrain names none twice"):
+        load_config("smoke", ["distill.chains=[{name: a, seed: 1, retrain: [none, none]}]"])
+    in_order = {"sae.prefixes", "distill.from_prefixes", "distill.chains"}
+    definitions = RunConfig.model_json_schema()["$defs"]
+
+    def lists(section: dict, place: str = "") -> set[str]:
+        found = set()
+        for name, setting in section["properties"].items():
+            for kind in setting.get("anyOf", [setting]):
+                if kind.get("type") == "array" and "prefixItems" not in kind:
+                    found.add(f"{place}{name}")
+                held = definitions.get(kind.get("items", kind).get("$ref", "").split("/")[-1], {})
+                found |= lists(held, f"{place}{name}.") if "properties" in held else set()
+        return found
+
+    assert lists(RunConfig.model_json_schema()) == set(SETS) | in_order | {"distill.chains.retrain"}
+
+
 FILES = {
     "missing": (None, ["There is no configuration", "use one of default,"]),
     "empty": ("", ["holds no settings"]),
@@ -85,6 +124,7 @@ FILES = {
     "broken YAML": ("model: {name: [x}", ["is not valid YAML"]),
     "tabs": ("model:\n\tname: x", ["is not valid YAML"]),
     "not text": (b"\xff\xfe\x00", ["is not valid YAML"]),
+    "a section twice": ("seed: 0\nmodel: {}\nseed: 1", ["is not valid YAML", "the key seed is there twice"]),
     "without a section": ("seed: 0", ["the key model is missing; add it"]),
 }
 
@@ -235,6 +275,34 @@ def test_text(case, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         tokenise(data, WordTokenizer(), 16)
     assert_one_sentence(str(caught.value), *parts)
+
+
+# The environment: variables that let torch say one number of threads and compute with another
+
+COUNT = """
+import os, torch
+from dmsae_lib.runtime import prepare
+prepare(2)
+a = torch.randn(500, 500)
+before = len(os.listdir("/proc/self/task"))
+for _ in range(20):
+    a.exp().sum(0), a @ a, torch.randn(2**20).sum()
+print(torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before)
+"""
+LOWERING = {"OMP_THREAD_LIMIT": "1", "OMP_DYNAMIC": "TRUE", "OMP_MAX_ACTIVE_LEVELS": "0"}
+
+
+@pytest.mark.parametrize("name, value", [*LOWERING.items(), ("OMP_THREAD_LIMIT", "2"), ("OMP_NUM_THREADS", "1"),
+                                         ("MKL_NUM_THREADS", "1"), ("OMP_DYNAMIC", "false")])  # fmt: skip
+def test_torch_computes_with_the_threads_that_are_reported_or_not_at_all(name, value):
+    clean = {key: text for key, text in os.environ.items() if key not in (*LOWERING, "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    ended = subprocess.run([sys.executable, "-c", COUNT], cwd=ROOT, env=clean | {name: value}, capture_output=True, text=True)
+    if ended.returncode:
+        assert_one_sentence(ended.stderr.splitlines()[-1], f"{name} is {value}", "threads = 2", f"unset {name}")
+    assert bool(ended.returncode) == (LOWERING.get(name) == value)
+    if not ended.returncode and Path("/proc/self/task").is_dir():
+        said, started = map(int, ended.stdout.split())
+        assert said == 2 and started >= 1  # a second thread computed
 
 
 def test_a_core_larger_than_the_width():

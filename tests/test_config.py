@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dmsae_lib import config as config_module
 from dmsae_lib.artifacts import UserError
-from dmsae_lib.config import Run, load_config, open_run
+from dmsae_lib.config import Run, RunConfig, load_config, open_run
+from dmsae_lib.config_file import split_overrides
 from dmsae_lib.settings import CONTROLS, UNFROZEN
 
 ROOT = Path(__file__).parents[1]
@@ -143,3 +145,106 @@ def test_arms_at_each_k():
 def test_steps_cover_the_tokens_of_a_cycle():
     config = load_config("smoke")
     assert config.steps() == 12000 // 256 and config.steps(3) == 3 * 12000 // 256
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """A folder that stands in for the repository, with a model, a text and an SAE of the user's in it."""
+    root = tmp_path.resolve() / "clone"
+    for name in ("configs", "notebooks", "models/mine", "texts", "saes/theirs", "elsewhere/owner/name"):
+        (root / name).mkdir(parents=True)
+    monkeypatch.setattr(config_module, "repository_root", lambda: root)
+    return root
+
+
+def write_config(path: Path, **sections: dict) -> None:
+    tree = yaml.safe_load((ROOT / "configs" / "smoke.yaml").read_text())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree | {name: tree.get(name, {}) | changed for name, changed in sections.items()}))
+
+
+def test_whatever_is_a_file_in_configs_can_be_named(repository, monkeypatch):
+    for name in ("plain", "my.v2", "2024.01", "a.yaml.b", "lr-1e-3.seed0"):
+        write_config(repository / "configs" / f"{name}.yaml")
+    (repository / "configs" / "folder.yaml").mkdir()
+    with pytest.raises(UserError) as caught:
+        load_config("my.v3")
+    listed = str(caught.value).partition("use one of ")[2].removesuffix(", or the path of a YAML file.").split(", ")
+    assert listed == sorted(("plain", "my.v2", "2024.01", "a.yaml.b", "lr-1e-3.seed0"))
+    for place in (repository, repository / "notebooks"):
+        monkeypatch.chdir(place)
+        for name in listed:
+            for said in (name, f"{name}.yaml", f"configs/{name}.yaml"):
+                assert load_config(said).name == name and open_run(said).folder == repository / "runs" / name
+
+
+PATHS = {"model": {"name": "models/mine"}, "data": {"source": "texts"},
+         "distill": {"from_sae": "./saes/theirs", "chains": []},
+         "retrain": {"imported": {"theirs": "saes/theirs", "hub": "release:sae_id"}},
+         "saebench": {"suite": {"data": "texts", "unlearning_corpus": "texts/../models"}}}  # fmt: skip
+
+
+def places(config: RunConfig) -> list[str | None]:
+    suite = config.saebench.suite
+    return [config.model.name, config.data.source, config.distill.from_sae, config.retrain.imported["theirs"], suite.data,
+            suite.unlearning_corpus]
+
+
+def test_a_path_means_the_same_wherever_python_runs(repository, monkeypatch):
+    """Below the repository's root, also where another thing of that name lies in the folder that Python runs in."""
+    write_config(repository / "configs" / "mine.yaml", **PATHS)
+    (repository / "notebooks" / "texts").mkdir()
+    found = []
+    for place in (repository, repository / "notebooks", repository / "models" / "mine", repository.parent):
+        monkeypatch.chdir(place)
+        found.append(load_config("mine"))
+    expected = ["models/mine", "texts", "saes/theirs", "saes/theirs", "texts", "models"]
+    assert all(places(config) == [str(repository / path) for path in expected] for config in found)
+    assert len({config.hash for config in found}) == 1 and found[0].retrain.imported["hub"] == "release:sae_id"
+    dumped = found[0].model_dump(mode="json")  # goes into hashes, parameters files and the run's copy: no machine's own paths
+    assert str(repository) not in yaml.safe_dump(dumped) and RunConfig.model_validate(dumped).hash == found[0].hash
+    assert dumped["distill"]["from_sae"] == "./saes/theirs"
+
+
+def test_in_a_yaml_outside_the_repository_paths_begin_at_its_folder(repository, monkeypatch):
+    theirs = repository.parent / "their project"
+    write_config(theirs / "mine.yaml", **PATHS)
+    for name in ("models/mine", "texts", "saes/theirs"):
+        (theirs / name).mkdir(parents=True)
+    for place in (repository, theirs, repository.parent):
+        monkeypatch.chdir(place)
+        config = load_config(theirs / "mine.yaml")
+        assert places(config)[:4] == [str(theirs / path) for path in ("models/mine", "texts", "saes/theirs", "saes/theirs")]
+    copy = repository / "runs" / "mine" / "config.yaml"  # what the notebooks of a run are given
+    copy.parent.mkdir(parents=True)
+    copy.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(copy) == config and load_config(copy).hash == config.hash
+
+
+def test_names_of_nothing_local_stay_as_they_are(repository, monkeypatch):
+    (repository / "embedded").mkdir()
+    (repository / "wheeltext-4x128").mkdir()  # as an embedded model is called, which comes first
+    names = {"model": {"name": "wheeltext-4x128"}, "data": {"source": "embedded"}, "distill": {"from_sae": "release:sae"}}
+    write_config(repository / "configs" / "mine.yaml", **names)
+    monkeypatch.chdir(repository / "notebooks")
+    config = load_config("mine", ["data.source=owner/name"])
+    assert (config.model.name, config.data.source, config.distill.from_sae) == ("wheeltext-4x128", "owner/name", "release:sae")
+    assert load_config("mine").data.source == "embedded"
+    monkeypatch.chdir(repository / "elsewhere")  # where a folder of that name would be taken for it, but only here
+    with pytest.raises(UserError) as caught:
+        load_config("mine", ["data.source=owner/name"])
+    assert f"data.source is owner/name: paths are relative to {repository}, where there is no such thing" in str(caught.value)
+
+
+@pytest.mark.parametrize("text, overrides", [
+    ("training.k=32", ["training.k=32"]),
+    (" training.k=24  retrain.ks=[24] seed=1 ", ["training.k=24", "retrain.ks=[24]", "seed=1"]),
+    ("model.name=my model seed=1", ["model.name=my model", "seed=1"]),
+    ("retrain.ks=[8, 16] retrain.controls={random: 1, pca: 2}", ["retrain.ks=[8, 16]", "retrain.controls={random: 1, pca: 2}"]),
+    ('model.name="a b=c" data.source=\'d e=f\'', ['model.name="a b=c"', "data.source='d e=f'"]),
+    ("model.name=o'brien data.source=o'hara", ["model.name=o'brien", "data.source=o'hara"]),
+    ('retrain.controls={"random":1}', ['retrain.controls={"random":1}']),
+])  # fmt: skip
+def test_several_overrides_in_one_text(text, overrides):
+    assert split_overrides(text) == overrides
+    assert split_overrides(" ".join(overrides)) == overrides

@@ -45,6 +45,38 @@ def test_a_source_holds_no_outputs_and_one_cell_of_literal_parameters(path):
     assert notebook.metadata.kernelspec.name == "python3"
 
 
+WRONG = {str: [202401, ["a"]], int: ["first", 1.5, True], bool: ["no", 1], list: ["training.k=32", ["training.k=32", 5], 3]}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_parameter_of_another_type_is_one_sentence_also_without_our_runner(path, monkeypatch):
+    """As plain papermill hands them on: the set-up cell says so, before anything is loaded or written."""
+    monkeypatch.setattr("dmsae_lib.fit.open_harvest", lambda run: pytest.fail("the parameters must be checked first"))
+    monkeypatch.setattr("dmsae_lib.language_model.LanguageModel", lambda *_: pytest.fail("the parameters must be checked first"))
+    notebook = nbformat.read(path, as_version=4)
+    tagged, setup = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
+    known = parameters_of(notebook, path.name)
+    for name, default in known.items():
+        for value in WRONG[type(default)]:
+            names: dict[str, object] = {}
+            exec(tagged, names)
+            names[name] = value
+            with pytest.raises(artifacts.UserError) as caught:
+                exec(compile(setup, path.stem, "exec"), names)
+            sentence = str(caught.value)
+            assert sentence.startswith(f"The parameter {name} is {value!r}, but must be "), sentence
+            assert "\n" not in sentence and "papermill takes text by -r" in sentence and sentence.endswith(".")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_notebook_that_plots_takes_the_house_style_first(path):
+    """Whatever matplotlibrc there is: see test_plots for what the style does."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    plotting = [n for n, source in enumerate(cells) if "plt.subplots" in source]
+    styled = [n for n, source in enumerate(cells) if "house_style()" in source.splitlines()]
+    assert not plotting or styled == [1] and plotting[0] > 1
+
+
 def test_every_stage_has_its_notebook_and_that_notebook_its_parameters():
     for stage in stages(open_run("extended").config):
         path = ROOT / "notebooks" / f"{stage.notebook}.ipynb"

@@ -1,6 +1,7 @@
 """The plan: which stages there are, what a change makes stale, and that two runs do not get into each other's way."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from clone import ROOT, TOY, make, make_clone, planned, write_script
 
 from dmsae_lib.artifacts import UserError
@@ -233,6 +235,62 @@ def test_setup_starts_again_after_an_interruption_and_keeps_an_environment_that_
     (clone / ".venv" / ".unfinished").touch()
     ended = make(clone, "setup", "PY=.venv/bin/python", f"PYTHON={fake_python(tmp_path, '3.13')}")
     assert "an earlier set-up was interrupted" in ended.stdout and not (clone / ".venv").exists()
+
+
+TARGETS = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(".PHONY:")).split()[1:]
+
+
+@pytest.mark.parametrize("state", ["fresh", "half set up"])
+def test_a_dry_run_of_any_target_works_before_the_set_up(tmp_path, state):
+    """It says what would be done, and of the stages, which only Python knows, that the set-up comes first."""
+    clone = make_clone(tmp_path / "a clone")
+    shutil.copytree(ROOT / "benchmarks", clone / "benchmarks")
+    if state == "half set up":  # killed before its packages were there
+        (clone / ".venv" / "bin").mkdir(parents=True)
+        write_script(clone / ".venv" / "bin" / "python", '#!/bin/sh\nexec "$(command -v python3)" -S "$@"\n')
+    for target in TARGETS:
+        ended = make(clone, "-n", target, "PY=.venv/bin/python")
+        assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.strip(), target
+        listing = target in ("reproduce", "stages", "saebench", "smoke", "test", "mend")
+        assert listing == ("the stages are listed once 'make setup' has run" in ended.stdout), target
+        assert "setup.sh" in ended.stdout or "PY" not in ended.stdout or target in ("help", "clean", "lock"), target
+    assert not (clone / "runs").exists()
+
+
+def test_a_python_that_is_not_there_is_named(fresh):
+    ended = make(fresh, "stages", "PY=./nowhere")
+    assert ended.returncode != 0 and ended.stdout == ""
+    assert ended.stderr.startswith("error: there is no ./nowhere: run 'make setup' or name a Python")
+    assert make(fresh, "-n", "stages", "PY=./nowhere").returncode == 0
+
+
+@pytest.mark.parametrize("given, model, ks", [
+    ("model.name=my model retrain.ks=[4, 8]", "my model", [4, 8]),
+    ("model.name='my model' retrain.ks=[4,  8] seed=1", "my model", [4, 8]),
+    ('model.name="o\'brien\'s $HOME; `x` \\"', None, None),  # not YAML: a backslash at the end of a quoted text
+    ("model.name=o'brien retrain.ks=[8]", "o'brien", [8]),
+    ("model.name=a$HOME\"b", 'a$HOME"b', [4, 8]),
+])  # fmt: skip
+def test_overrides_reach_python_with_their_spaces_and_quotes(fresh, given, model, ks):
+    ended = make(fresh, "-n", "stages", "RUN=spaced", f"SET={given}")
+    if model is None:
+        assert ended.returncode != 0 and "the value is not valid YAML" in ended.stderr.splitlines()[0]
+        return
+    assert ended.returncode == 0, ended.stderr
+    config = yaml.safe_load((fresh / "runs" / "spaced" / "config.yaml").read_text())
+    assert (config["model"]["name"], config["retrain"]["ks"]) == (model, ks)
+    make(fresh, "clean", "RUN=spaced")
+
+
+def test_a_configuration_is_named_with_its_dots_and_by_a_path_with_spaces_and_quotes(fresh):
+    shutil.copy(fresh / "configs" / "toy.yaml", fresh / "configs" / "toy.v2.yaml")
+    listing = make(fresh, "-n", "stages", "CONFIG=toy.v2")
+    assert listing.returncode == 0 and "-p config toy.v2 -p run toy.v2" in listing.stdout
+    other = fresh.parent / "o'brien's files"
+    other.mkdir()
+    shutil.copy(fresh / "configs" / "toy.yaml", other / "theirs.yaml")
+    listing = make(fresh, "-n", "stages", f"CONFIG={other / 'theirs.yaml'}")
+    assert listing.returncode == 0 and "-p config runs/theirs/config.yaml -p run theirs" in listing.stdout
 
 
 def test_help_names_every_target():

@@ -1,13 +1,17 @@
 """Every figure from a published folder alone: drawn, readable, and the same bytes every time."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
 import factory
 import matplotlib.image
+import matplotlib.style
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
@@ -107,6 +111,57 @@ def test_the_same_bytes_every_time(drawn, several, tmp_path):
     names = sorted(path.name for path in folder.iterdir())
     assert names == sorted(path.name for path in tmp_path.iterdir()) and len(names) == 2 * len(FIGURES) + 1
     assert [n for n in names if (folder / n).read_bytes() != (tmp_path / n).read_bytes()] == []
+
+
+MATPLOTLIBRC = {"text.usetex": "True", "savefig.bbox": "tight", "savefig.transparent": "True", "figure.dpi": "43",
+                "svg.fonttype": "none", "path.sketch": "3, 50, 2", "errorbar.capsize": "9", "legend.loc": "center",
+                "image.cmap": "jet", "xtick.direction": "in", "figure.constrained_layout.use": "True", "axes.xmargin": "0.4"}
+DRAW = """
+import io, pathlib, sys
+import matplotlib
+import matplotlib.pyplot as plt
+from dmsae_lib.house_style import house_style
+from dmsae_lib.plots import FIGURES, draw_all
+from dmsae_lib.results import Results
+results, folder = map(pathlib.Path, sys.argv[1:])
+assert matplotlib.matplotlib_fname() == str(folder.parent / "matplotlibrc")
+assert matplotlib.rcParams["text.usetex"] is (folder.parent.name == "user")
+draw_all(results, folder)
+(folder / "cell.png").write_bytes(FIGURES["1_schematic"](Results(results))._repr_png_())
+house_style()  # as every notebook does before its own plots
+fig, ax = plt.subplots(figsize=(5, 2.4))
+ax.plot([1, 2], [1, -3], label="text")
+ax.legend()
+ax.set(xlabel="x", title="title")
+plt.savefig(folder / "notebook.png", metadata={"Software": None})
+"""
+
+
+def test_the_same_bytes_whatever_matplotlibrc_there_is(drawn, several, tmp_path):
+    """A file that changes all that style sheets change, and asks for LaTeX, which crashes where there is none."""
+    styles = matplotlib.style.library
+    lines = [f"{key}: {value}" for key, value in MATPLOTLIBRC.items()]
+    (tmp_path / "user").mkdir()
+    with matplotlib.rc_context():
+        for name in ("ggplot", "seaborn-v0_8-poster", "dark_background"):
+            matplotlib.rcParams.update(styles[name])
+        changed = {key for name in ("ggplot", "seaborn-v0_8-poster", "dark_background") for key in styles[name]} - set(MATPLOTLIBRC)
+        for key in sorted(changed - {"axes.prop_cycle", "font.sans-serif"}):
+            lines.append(f"{key}: {str(matplotlib.rcParams[key]).strip('[]').replace('#', '')}")
+    lines.append("axes.prop_cycle: cycler('color', ['r', 'g'])")
+    (tmp_path / "user" / "matplotlibrc").write_text("\n".join(lines))
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "matplotlibrc").touch()
+    for name in ("user", "none"):
+        environment = os.environ | {"MATPLOTLIBRC": str(tmp_path / name / "matplotlibrc"), "MPLBACKEND": "agg"}
+        ended = subprocess.run([sys.executable, "-c", DRAW, several, tmp_path / name / "figures"], cwd=ROOT, env=environment,
+                               capture_output=True, text=True)  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+    names = sorted(path.name for path in (tmp_path / "none" / "figures").iterdir())
+    assert len(names) == 2 * len(FIGURES) + 3
+    found = [{n: (tmp_path / name / "figures" / n).read_bytes() for n in names} for name in ("user", "none")]
+    assert [n for n in names if found[0][n] != found[1][n]] == []
+    assert [n for n in names if (drawn[0] / n).is_file() and (drawn[0] / n).read_bytes() != found[1][n]] == []
 
 
 def test_svg_has_no_date_and_names_its_summary(drawn, several):

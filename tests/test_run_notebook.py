@@ -1,12 +1,14 @@
 """One notebook, executed strictly: its parameters, its failures, what the executed copy holds, and going on."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
-from clone import make, make_clone, planned, write_notebook
+from clone import ROOT, make, make_clone, planned, write_notebook
 from papermill.exceptions import PapermillExecutionError
 
 from dmsae_lib.artifacts import UserError
@@ -139,3 +141,20 @@ def test_torch_says_so_in_these_words():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50, dtype=torch.uint8)
     assert OUT_OF_MEMORY.search(str(caught.value))
+
+
+def test_the_kernel_is_this_environment_whatever_is_installed_as_python3(tmp_path, monkeypatch):
+    """Through papermill and through nbval; with Jupyter's own search the first one found would have run."""
+    spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": ["false", "{connection_file}"], "display_name": "another", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))  # comes before the folder in the user's home
+    source = tmp_path / "source.ipynb"
+    check = "import sys\nassert sys.prefix == prefix\nprint(sys.version_info[:2])"
+    write_notebook(source, check, parameters=f"prefix = {sys.prefix!r}")
+    assert run_notebook(source, tmp_path / "copy.ipynb", {}) == str(sys.version_info[:2])
+    (line,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if "--nbval" in line]
+    flags = [word for word in line.split() if word.startswith("--nbval")]
+    ended = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *flags, source], cwd=tmp_path,
+                           capture_output=True, text=True)  # fmt: skip
+    assert ended.returncode == 0 and "2 passed" in ended.stdout, ended.stdout

@@ -147,7 +147,7 @@ def test_work_after_the_last_checkpoint_is_done_again(uninterrupted, tmp_path):
     assert_bit_equal(resumed, uninterrupted)
 
 
-def test_a_checkpoint_of_something_else_is_ignored(tmp_path):
+def test_a_checkpoint_of_something_else_is_not_resumed(tmp_path):
     folder, parents = tmp_path / "checkpoint", {"harvest": "a", "settings": "b"}
     saved = new_trainer()
     saved.train_step(batch(0))
@@ -162,6 +162,23 @@ def test_a_checkpoint_of_something_else_is_ignored(tmp_path):
     assert again.resume(folder, {"settings": "b", "harvest": "a"})  # in any order
     again.optimizer.param_groups[0]["lr"] = saved.optimizer.param_groups[0]["lr"]  # the schedule sets it at every step
     assert_bit_equal(again, saved)
+
+
+def test_a_checkpoint_that_no_longer_fits_is_set_aside(uninterrupted, tmp_path):
+    """Whole, so that it can be put back with the settings that it was made with; training starts anew."""
+    folder, said = tmp_path / ".sae.checkpoint", []
+    for settings, stop in (("a", 7), ("b", 9)):
+        with pytest.raises(KeyboardInterrupt):
+            train_sae(new_trainer(), lambda start, stop=stop: source(start, stop), folder, {"settings": settings}, said.append)
+    again = new_trainer(checkpoint_seconds=1e9)
+    train_sae(again, source, folder, {"settings": "c"}, said.append)
+    assert_bit_equal(again, uninterrupted)
+    lines = [line for line in said if "set aside" in line]
+    assert len(lines) == 2 and all(f"the checkpoint in {folder} was made with other settings or data" in line for line in lines)
+    (aside,) = tmp_path.iterdir()  # the latest: the disk must not fill with them
+    assert aside.name in lines[1] and not any("resumed" in line for line in said)
+    back = new_trainer()
+    assert back.resume(aside.rename(folder), {"settings": "b"}) and back.step == 9
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
