@@ -8,7 +8,8 @@ import dmsae_lib
 
 FOLDER = Path(dmsae_lib.__file__).parent
 BEHIND_MAKE = {"plan", "run_notebook", "run_lock", "manage"}
-WITHIN = {("config", "artifacts"), ("config", "settings"), ("base_model", "corpus")}  # pairs on one floor, named in order there
+WITHIN = {("config", "artifacts"), ("config", "settings"), ("base_model", "corpus"), ("corpus", "text_files"),
+          ("language_model", "model_checks")}  # pairs on one floor, named in order there
 
 
 def floors() -> dict[str, int]:
