@@ -26,7 +26,8 @@ from dmsae_lib.settings import (
     TrainingConfig,
 )
 
-SHOWN = {"model.hook_name": "blocks.12.hook_resid_post"}  # an example says more than a regular expression
+# An example says more than a regular expression.
+SHOWN = {"model.hook_name": "blocks.12.hook_resid_post, the residual stream after a block: no other place is taken"}
 STEP = {"sae": "train", "attribution": "attribute", "core": "distill"}  # what makes which artefact of a cycle
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -6,7 +6,7 @@ value.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Aggregator = Literal["mean_abs", "abs_mean", "quantile", "frequency"]
 NEW_ROWS = ("random_directions", "data_points", "pca", "rotated")  # controls that no training has ever selected
@@ -36,6 +36,12 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_rows: Positive = 32  # contexts per forward pass
     trust_remote_code: bool = False
+
+    @field_validator("hook_name")
+    @classmethod
+    def _as_transformer_lens_writes_it(cls, name: str) -> str:
+        blocks, layer, place = name.split(".")
+        return f"{blocks}.{int(layer)}.{place}"  # 01 is 1
 
 
 class DataConfig(Section):
