@@ -66,7 +66,7 @@ CONFIG = {
     "too little text for fresh tokens": (["data.fresh_factor=2"], ["data.fresh_factor is 2", "distill.cycles + 1 = 3"]),
     "two chains of one name": (["distill.chains=[{name: a}, {name: a}]"], ["distill.chains is ['a', 'a']", "differ"]),
     "a hook of another kind": (["model.hook_name=blocks.1.hook_mlp_out"],
-                               ["model.hook_name is 'blocks.1.hook_mlp_out'", "blocks.12.hook_resid_post"]),
+                               ["model.hook_name is 'blocks.1.hook_mlp_out'", "blocks.12.hook_resid_post", "no other place"]),
 }  # fmt: skip
 
 
