@@ -4,7 +4,7 @@ Modules are stacked in floors and import only from floors below their own (a tes
 
 0. ``provenance``, ``atomic``, ``seeds``, ``layout``, ``house_style``
 1. ``artifacts``, ``runtime`` and ``settings``, then ``config``, which checks a YAML file read by ``config_file``
-2. ``corpus``, ``language_model``, ``base_model`` and its reference ``ngram``
+2. ``text_files``, ``corpus``, ``model_checks``, ``language_model``, ``base_model`` and its reference ``ngram``
 3. ``activations``, ``prefetch``, ``sparsity``, ``sae``, ``workers``
 4. ``entries`` (products with sparse activations), ``reference`` (the plain training step), ``attribution``, ``evaluation``,
    ``examples``

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from dmsae_lib.artifacts import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
-SHOWN = {"model.hook_name": "blocks.12.hook_resid_post"}  # an example says more than a regular expression
+# An example says more than a regular expression.
+SHOWN = {"model.hook_name": "blocks.12.hook_resid_post, the residual stream after a block: no other place is taken"}
 KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list of text"}
 # One override: what is in quotes stays together, and so does whatever stands before the next ` section.key=`.
 OVERRIDE = re.compile(r"""(?:(?<!\w)(?:"[^"]*"|'[^']*')|(?!\s+[A-Za-z_][\w.]*=).)+""", re.DOTALL)

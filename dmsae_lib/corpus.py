@@ -8,8 +8,6 @@ alike (:func:`beginning`) go to one split together: a passage with another quest
 import contextlib
 import hashlib
 import itertools
-import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ import numpy as np
 
 from dmsae_lib.artifacts import UserError
 from dmsae_lib.settings import DataConfig
+from dmsae_lib.text_files import clean, file_texts
 
 SPLITS = ("train", "select", "test")
-BETWEEN = re.compile(r"\n\s*\n|<\|endoftext\|>")  # what separates documents in a .txt file
 DOCUMENTS = 64  # tokenised at a time: a whole batch is read before it is looked whether there is enough
 HELD_OUT = 0.03  # share of the documents in each of select and test
 # Letters and digits at the beginning by which texts count as alike. A text that has LONG of them is told by so many, since
@@ -88,30 +86,7 @@ def _file_texts(path: Path, field: str) -> Iterator[str]:
     if not files or files[0].suffix not in (".txt", ".jsonl"):
         raise UserError(f"data.source is {path}: it holds no .txt or .jsonl file; give one, or a folder of them.")
     for file in files:
-        try:
-            if file.suffix == ".txt":
-                yield from (block for block in BETWEEN.split(file.read_text(encoding="utf-8")) if block.strip())
-            else:
-                yield from _json_lines(file, field)
-        except UnicodeDecodeError as error:
-            raise UserError(f"data.source: {file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it.") from error
-        except OSError as error:
-            raise UserError(f"data.source: {file} cannot be read ({error.strerror}); see to its permissions.") from error
-
-
-def _json_lines(file: Path, field: str) -> Iterator[str]:
-    with open(file, encoding="utf-8") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise UserError(f"data.source: line {number} of {file} is not a JSON object with the text field {field!r}; "
-                                "mend the line or set data.text_field.")
-            yield row[field]
+        yield from file_texts(file, field, "data.source", "mend the line or set data.text_field")
 
 
 def _hub_texts(data: DataConfig) -> Iterator[str]:
@@ -124,7 +99,7 @@ def _hub_texts(data: DataConfig) -> Iterator[str]:
             if not isinstance(row.get(data.text_field), str):
                 raise UserError(f"data.text_field is {data.text_field}: the rows of {data.source} hold {', '.join(row)}; name "
                                 "the one with the text.")
-            yield row[data.text_field]
+            yield clean(row[data.text_field])
     except UserError:
         raise
     except Exception as error:  # the Hub client raises a dozen kinds, from DNS to gated repositories

@@ -6,7 +6,6 @@ guesses the family from "llama" or "gemma" in the path).
 """
 
 import hashlib
-import json
 import math
 import threading
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmsae_lib.artifacts import UserError, sha256_file
+from dmsae_lib.model_checks import REMEDY, architectures, check, computed, no_processes, probe
 from dmsae_lib.settings import ModelConfig
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -96,31 +96,37 @@ class LanguageModel:
     """A frozen causal LM with its tokenizer, split at ``hook_name`` (``blocks.<layer>.hook_resid_post``)."""
 
     def __init__(self, config: ModelConfig, device: str = "cpu"):
-        """Raises UserError for a model, tokenizer, hook or context size that does not fit."""
+        """Raises UserError for a model, tokenizer, hook or context size that does not fit, and for a model that is not causal or
+        that TransformerLens computes otherwise than transformers does. Starts no process and installs nothing."""
         self.config, self.device, self.hook_name = config, device, config.hook_name
         self.folder = resolve(config.name)
         self.hash = model_hash(self.folder)
         self.layer = int(config.hook_name.split(".")[1])
-        vocabulary = self._check_config()
-        self.tokenizer = load_tokenizer(self.folder, config.trust_remote_code)
+        with no_processes():
+            vocabulary, names = self._check_config()
+            self.tokenizer = load_tokenizer(self.folder, config.trust_remote_code)
         if self.tokenizer.vocab_size > vocabulary:
             raise UserError(f"model.name is {config.name}: its tokenizer has {self.tokenizer.vocab_size} tokens but its model only "
                             f"{vocabulary}; put the tokenizer beside it that the model was trained with.")
-        self.bridge = self._load()
+        tokens = probe(self.tokenizer, config.context_size).to(device)
+        self.bridge, self.architecture, expected = self._load(names, tokens)
         self.bridge.eval().requires_grad_(False)
         self.d_model: int = self.bridge.cfg.d_model
         self.n_layers: int = self.bridge.cfg.n_layers
         self._one_pass = threading.Lock()  # hooks hang on the shared modules: a pass of another thread would meet them
         self.bos: int = self.tokenizer.bos_token_id
         self.outlier_limit = math.inf  # norm of a residual above which a position is an outlier: the harvest measures it
+        check(self, tokens, expected)
 
-    def _check_config(self) -> int:
-        """Hold hook and context size against config.json, before the weights are read; returns the vocabulary's size."""
+    def _check_config(self) -> tuple[int, list[str]]:
+        """Hold hook and context size against config.json, before the weights are read; the vocabulary's size, and what
+        :func:`~dmsae_lib.model_checks.architectures` gives."""
         from transformers import AutoConfig
 
         name = self.config.name
         try:
-            hub = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.config.trust_remote_code).get_text_config()
+            whole = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.config.trust_remote_code)
+            hub = whole.get_text_config()
             layers, vocabulary = hub.num_hidden_layers, hub.vocab_size
         except Exception as error:  # broken JSON, an architecture of another transformers release, no language model
             raise UserError(f"model.name is {name}: its config.json is not that of a causal language model that can be loaded "
@@ -132,30 +138,41 @@ class LanguageModel:
         if limit and self.config.context_size > limit:
             raise UserError(f"model.context_size is {self.config.context_size}: {name} was made for at most {limit} tokens; "
                             "lower it.")
-        return vocabulary
+        return vocabulary, architectures(whole, name, self.config.trust_remote_code)
 
-    def _load(self) -> Any:
-        """The weights by transformers, which says what it did not find; the hooks by TransformerLens."""
+    def _load(self, names: list[str], tokens: Tensor) -> tuple[Any, str, dict[str, Tensor]]:
+        """The weights by transformers, which says what it did not find; the hooks by TransformerLens.
+
+        Returns the bridge, the class of the model inside and what that computes on ``tokens`` by itself.
+        """
         from transformer_lens.model_bridge import TransformerBridge
         from transformers import AutoModelForCausalLM
 
         name, dtype = self.config.name, getattr(torch, self.config.dtype)
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, trust_remote_code=self.config.trust_remote_code,
-            )  # fmt: skip
-            bridge = TransformerBridge.boot_transformers(
-                str(self.folder), hf_model=model.to(self.device), device=self.device, dtype=dtype, tokenizer=self.tokenizer,
-                trust_remote_code=self.config.trust_remote_code,
-            )  # fmt: skip
-        except Exception as error:  # safetensors, torch and both libraries raise kinds of their own
+            with no_processes():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    self.folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, output_loading_info=True,
+                    ignore_mismatched_sizes=True, trust_remote_code=self.config.trust_remote_code,
+                )  # fmt: skip
+        except Exception as error:  # safetensors, torch and transformers raise kinds of their own
             raise UserError(f"model.name is {name}: it could not be loaded ({_first_line(error)}); if a file is damaged or "
                             "missing, get it again.") from error
         if wrong := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):  # they are random now
             raise UserError(f"model.name is {name}: {len(wrong)} of its weights are missing or of another size than config.json "
                             f"says, {wrong[0]} for one; get its files again.")
-        return bridge
+        model.config.architectures = names
+        try:
+            expected = computed(model.to(self.device), tokens, self.layer)
+            with no_processes():
+                bridge = TransformerBridge.boot_transformers(
+                    str(self.folder), hf_model=model, device=self.device, dtype=dtype, tokenizer=self.tokenizer,
+                    trust_remote_code=self.config.trust_remote_code,
+                )  # fmt: skip
+        except Exception as error:  # whatever an adapter or the model itself raises where they do not fit
+            raise UserError(f"model.name is {name}: TransformerLens cannot take {type(model).__name__} ({_first_line(error)}); "
+                            f"{REMEDY}.") from error
+        return bridge, type(model).__name__, expected
 
     @property
     def name_by_content(self) -> str:
@@ -226,4 +243,4 @@ def describe(model: LanguageModel) -> dict[str, Any]:
     """What harvest/record.json says of the model."""
     return {"name": model.config.model_dump()["name"], "hash": model.hash, "n_layers": model.n_layers, "d_model": model.d_model,
             "hook_name": model.hook_name, "context_size": model.config.context_size,
-            "architecture": json.loads((model.folder / "config.json").read_text()).get("architectures", ["unknown"])[0]}
+            "architecture": model.architecture}

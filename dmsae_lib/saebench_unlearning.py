@@ -4,9 +4,10 @@ Only for instruction-tuned Gemma 2, whose prompts sae_bench knows, with the forg
 scores for each intervention as pickles and reads them back: in a folder of this call alone, removed with it.
 """
 
-import builtins
+import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +19,7 @@ from dmsae_lib.language_model import LanguageModel, describe
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.saebench_adapter import Adapter, NotRun, cache_name, our_model, undisturbed, whole_or_nothing
 from dmsae_lib.saebench_hub import datasets_from, finite, only_result
+from dmsae_lib.text_files import file_texts
 
 CORPUS = "bio-forget-corpus.jsonl"
 OFFICIAL = {26: "gemma-2-2b-it", 42: "gemma-2-9b-it"}  # by number of layers; the names that sae_bench has prompts for
@@ -42,6 +44,12 @@ def _learn_what_it_knows(model: LanguageModel, config: Any, place: Path) -> None
             if not known.read_text(encoding="utf-8").split():
                 raise NotRun(f"the model answers no question of {name} rightly in every order of the choices")
         shutil.copytree(Path(scratch) / "data", fresh, dirs_exist_ok=True)
+
+
+def _lines(corpus: Path) -> Iterator[str]:
+    """What sae_bench reads as the lines of the forget corpus."""
+    for text in file_texts(Path(corpus), "text", "saebench.suite.unlearning_corpus"):
+        yield json.dumps({"text": text})
 
 
 def run_unlearning(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: int, corpus: Path | None = None,
@@ -70,7 +78,7 @@ def run_unlearning(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: 
         return None if changed is None else changed.to(resid.dtype)
 
     with (undisturbed(), our_model(model), datasets_from(data, feature_activation, metrics),
-          patch.object(feature_activation, "open", lambda _: builtins.open(corpus, encoding="utf-8"), create=True),
+          patch.object(feature_activation, "open", lambda _: _lines(corpus), create=True),
           patch.object(metrics, "HookedTransformer", type(model.bridge)), patch.object(model.bridge.cfg, "model_name", name),
           patch.object(metrics, "anthropic_clamp_resid_SAE_features", clamped),
           tempfile.TemporaryDirectory() as scratch):  # fmt: skip

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
 
 Aggregator = Literal["mean_abs", "abs_mean", "quantile", "frequency"]
 NEW_ROWS = ("random_directions", "data_points", "pca", "rotated")  # controls that no training has ever selected
@@ -73,6 +73,12 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_rows: Positive = 32  # contexts per forward pass
     trust_remote_code: bool = False
+
+    @field_validator("hook_name")
+    @classmethod
+    def _as_transformer_lens_writes_it(cls, name: str) -> str:
+        blocks, layer, place = name.split(".")
+        return f"{blocks}.{int(layer)}.{place}"  # 01 is 1
 
 
 class DataConfig(Section):

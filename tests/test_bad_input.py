@@ -68,7 +68,7 @@ CONFIG = {
     "prefixes of another SAE that do not increase": (["distill.from_prefixes=[16, 16]"], ["from_prefixes is [16, 16]", "increase"]),
     "a key twice": (["retrain.controls={random: 1, random: 1}"], ["the key random is there twice"]),
     "a hook of another kind": (["model.hook_name=blocks.1.hook_mlp_out"],
-                               ["model.hook_name is 'blocks.1.hook_mlp_out'", "blocks.12.hook_resid_post"]),
+                               ["model.hook_name is 'blocks.1.hook_mlp_out'", "blocks.12.hook_resid_post", "no other place"]),
 }  # fmt: skip
 
 
@@ -254,8 +254,11 @@ TEXTS: dict[str, tuple[str, bytes | None, list[str]]] = {
     "one document, so one split": ("my.txt", b"word " * 5000, ["holds 0", "documents go to the splits by their hash"]),
     "an empty folder": (".", None, ["data.source is .", "holds no .txt or .jsonl file"]),
     "a file of another kind": ("my.csv", b"text\nx", ["my.csv", "no .txt or .jsonl file"]),
-    "not UTF-8": ("my.txt", b"caf\xe9", ["my.txt is not UTF-8 text", "at byte 3", "convert it"]),
-    "jsonl, not UTF-8": ("my.jsonl", b'{"text": "caf\xe9"}', ["my.jsonl is not UTF-8 text", "convert it"]),
+    "not UTF-8": ("my.txt", b"caf\xe9", ["my.txt is not UTF-8 text", "at byte 3, in line 1", "convert it"]),
+    "jsonl, not UTF-8": ("my.jsonl", b'{"text": "caf\xe9"}', ["my.jsonl is not UTF-8 text", "at byte 13, in line 1", "convert it"]),
+    "jsonl, a bad byte deep inside": ("my.jsonl", b'{"text": "x"}\n' * 100_000 + b'{"text": "caf\xe9"}\n',
+        ["my.jsonl is not UTF-8 text", "at byte 1400013, in line 100001"]),
+    "jsonl nested too deeply": ("my.jsonl", b'{"text": ' + b"[" * 200_000, ["line 1 of my.jsonl", "JSON object"]),
     "jsonl with a bad line": ("my.jsonl", b'{"text": "x"}\n\n{"text": "y"\n', ["line 3 of my.jsonl", "mend the line"]),
     "jsonl without the field": ("my.jsonl", b'{"body": "x"}\n', ["line 1 of my.jsonl", "'text'", "data.text_field"]),
     "jsonl with a number for text": ("my.jsonl", b'{"text": 5}\n', ["line 1 of my.jsonl", "'text'"]),

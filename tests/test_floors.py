@@ -8,7 +8,8 @@ import dmsae_lib
 
 FOLDER = Path(dmsae_lib.__file__).parent
 BEHIND_MAKE = {"plan", "run_notebook", "run_lock", "manage"}
-WITHIN = {("config", "artifacts"), ("config", "settings"), ("config_file", "artifacts"), ("base_model", "corpus")}  # on one floor
+WITHIN = {("config", "artifacts"), ("config", "settings"), ("config_file", "artifacts"), ("base_model", "corpus"),
+          ("corpus", "text_files"), ("language_model", "model_checks")}  # pairs on one floor, named in order there
 
 
 def floors() -> dict[str, int]:

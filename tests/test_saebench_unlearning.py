@@ -10,6 +10,7 @@ from planted_tokens import NOISE, planted_model, reading_sae
 from tiny_models import save_model
 
 from dmsae_lib import saebench_unlearning
+from dmsae_lib.artifacts import UserError
 from dmsae_lib.language_model import LanguageModel
 from dmsae_lib.saebench_adapter import NotRun
 from dmsae_lib.saebench_unlearning import official_name, run_unlearning
@@ -98,6 +99,19 @@ def test_what_is_missing_is_named(model, data, tmp_path, rule, monkeypatch):
     with pytest.raises(NotRun, match="it needs gemma-2-2b-it or gemma-2-9b-it"):
         run_unlearning(sae, model, tmp_path, 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_forget_corpus_is_read_like_any_text(model, data, tmp_path, rule):
+    """A mark at its start and half a surrogate pair do not stop it, and what cannot be read is named by line and byte."""
+    plain = (data / "forget/test.jsonl").read_bytes()
+    corpus = tmp_path / "bio-forget-corpus.jsonl"
+    corpus.write_bytes(b"\xef\xbb\xbf" + plain + b'\n{"text": "' + b"A" * 200 + b'\\ud83d"}\n')
+    found = run_unlearning(reading_sae(model.d_model, [1, 0, 2]), model, tmp_path / "cache", 0, corpus, data)
+    assert found["metrics"] == {"unlearning_score": 1}
+    corpus.write_bytes(plain + b"\n\xff")
+    with pytest.raises(UserError, match=rf"^saebench.suite.unlearning_corpus: .*bio-forget-corpus.jsonl is not UTF-8 .* at byte "
+                                        rf"{len(plain) + 1}, in line 31\);"):  # fmt: skip
+        run_unlearning(reading_sae(model.d_model, [1, 0, 2]), model, tmp_path / "cache", 0, corpus, data)
 
 
 def test_only_an_instruction_tuned_gemma_2_will_do(tmp_path, monkeypatch):
