@@ -7,10 +7,8 @@ counter on the embedded model and on a training step, and parameters, memory and
 :mod:`dmsae_lib.sizing_stages` puts the parts together to stages.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from dmsae_lib.artifacts import UserError
 from dmsae_lib.entries import SPARSE_BELOW
@@ -105,13 +103,15 @@ def shape_of(name: str) -> Shape:
     """
     if name in PUBLIC:
         return PUBLIC[name]
-    hub = json.loads((Path(resolve(name)) / "config.json").read_text(encoding="utf-8"))
-    if (kind := hub.get("model_type")) not in GATED:
-        raise UserError(f"model.name is {name}, a {kind} model: sizing knows {', '.join(GATED)}; use one of these.")
-    heads = hub["num_attention_heads"]
-    return Shape(hub["num_hidden_layers"], hub["hidden_size"], hub["intermediate_size"], heads,
-                 hub.get("num_key_value_heads") or heads, hub.get("head_dim") or hub["hidden_size"] // heads,
-                 hub["vocab_size"], GATED[kind], hub.get("tie_word_embeddings", True))  # fmt: skip
+    from transformers import AutoConfig  # it knows what a config.json leaves at its default
+
+    hub = AutoConfig.from_pretrained(resolve(name)).get_text_config()
+    if hub.model_type not in GATED:
+        raise UserError(f"model.name is {name}, a {hub.model_type} model: sizing knows {', '.join(GATED)}; use one of these.")
+    heads = hub.num_attention_heads
+    return Shape(hub.num_hidden_layers, hub.hidden_size, hub.intermediate_size, heads,
+                 getattr(hub, "num_key_value_heads", None) or heads, getattr(hub, "head_dim", None) or hub.hidden_size // heads,
+                 hub.vocab_size, GATED[hub.model_type], hub.tie_word_embeddings)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import toy_sae
+from tiny_models import save_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dmsae_lib import activations, artifacts
 from dmsae_lib.artifacts import UserError
@@ -295,3 +296,13 @@ def test_the_figure_is_drawn_for_the_summary_that_it_was_made_from(results):
     assert texts == ["60 h", "21 h"] and "(26 SAEs)" in figure.get_label()
     seconds = {tuple(line.get_xdata()) for line in figure.axes[0].lines}
     assert {(5.0, 9.0), (2.0,), (5.0,), (9.0,)} <= seconds
+
+
+def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
+    """Against the number of parameters that transformers makes of the same file."""
+    folder = save_model(tmp_path / "llama", num_key_value_heads=4)
+    path = folder / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items()
+                                if key not in ("tie_word_embeddings", "num_key_value_heads", "head_dim")}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    assert shape_of(str(folder)).parameters == sum(p.numel() for p in model.parameters())
