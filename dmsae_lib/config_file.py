@@ -49,7 +49,7 @@ def read_tree(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, A
     """The settings in a YAML file, with ``section.key=value`` overrides applied; UserError where they are none."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, bytes that are no text, bottomless nesting
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no settings: it must be a YAML mapping.")
@@ -70,7 +70,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"Override {override!r}: {part} is not a section of the configuration.")
     try:
         tree[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"Override {override!r}: the value is not valid YAML ({' '.join(str(error).split())[:80]}); mend it, "
                         "or put it in quotes.") from error
 

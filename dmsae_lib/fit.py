@@ -137,7 +137,7 @@ def parents_of(job: Job, harvest: Harvest) -> dict[str, str]:
                 "factor": job.factor, "fresh": job.fresh, "warm": job.warm_rows is not None, "measured_on": job.measured_on,
                 "threads": cfg.threads}  # fmt: skip
     if cfg.data.store == "stream" or job.fresh:  # shuffled within a buffer, whose blocks the cursor counts
-        settings["stream"] = [cfg.data.buffer_rows, cfg.model.batch_rows]
+        settings["buffer"] = [cfg.data.buffer_rows, cfg.model.batch_rows]
     parents = {"harvest": harvest.artifact.hash, "settings": hash_json(settings)}
     return parents | ({"core": job.core_hash} if job.core_hash else {})
 

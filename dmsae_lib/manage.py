@@ -94,7 +94,9 @@ def compare(run: Run, strict: bool = False) -> int:
         print(f"Nothing is published for {run.config.name}, so there is nothing to compare runs/{run.name} with.")
         return 0
     ours, theirs = Results(run.folder / "summary").summary, Results(published).summary
-    rows = agreement.compare(ours, theirs)
+    rows, same = agreement.compare(ours, theirs), ours["inputs"]["config_hash"] == theirs["inputs"]["config_hash"]
+    if not same:
+        rows = [row for row in rows if None not in (row["published"], row["fresh"])]
     found, columns = agreement.assess(rows), ("metric", "published", "fresh", "difference", "tolerance")
     shown = [row for row in rows if not row["ok"]]
     if shown:
@@ -107,7 +109,9 @@ def compare(run: Run, strict: bool = False) -> int:
           f"seeds differ by, {found['beyond']} beyond it ({found['expected']:.0f} are expected by chance).")
     changed = "; ".join(f"{name} {after}, published: {before}" for name, (before, after) in found["verdicts"].items())
     print(f"Verdicts: {changed or 'all as published'}.")
-    if found["disagrees"]:
+    if not same:
+        print("This run has other settings than the published one: what both have is compared, and differences are expected.")
+    elif found["disagrees"]:
         print(f"THIS RUN DISAGREES WITH THE PUBLISHED ONE; it is kept as it is in runs/{run.name}. `make status` shows whether "
               "today's code made all of it, its summary/provenance.json which versions; if both are in order, please report that "
               "file and the table above.")

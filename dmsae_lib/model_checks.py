@@ -41,11 +41,11 @@ def no_processes() -> Iterator[None]:
     TransformerLens runs pip for whatever a checkpoint's image processor lacks, and goes on without where that fails.
     """
     _watch()
-    _loading.now = True
+    before, _loading.now = getattr(_loading, "now", False), True
     try:
         yield
     finally:
-        _loading.now = False
+        _loading.now = before
 
 
 def architectures(config: Any, name: str, remote_code: bool) -> list[str]:

@@ -31,7 +31,7 @@ def still_falling(history: list[dict[str, str]], decay: float) -> float:
         return 1.0
     n = max(1, len(before) // 4)
     early, late = fmean(before[-2 * n : -n] or before[-1:]), fmean(before[-n:])
-    return 1 - late / early
+    return 1 - late / early if early else 0.0
 
 
 def gates(config: RunConfig, d_in: int, metrics: Row, history: list[dict[str, str]], attribution: Row) -> list[Row]:

@@ -4,15 +4,18 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import warnings
 
 import torch
 
 from dmsae_lib.atomic import UserError
 
-FEWER = {"OMP_THREAD_LIMIT": lambda value, threads: value.isdecimal() and int(value) < threads,
+NUMBER = re.compile(r"\+?\d+")  # as libgomp reads one
+# Values with which there are fewer threads than asked for.
+FEWER = {"OMP_THREAD_LIMIT": lambda value, threads: bool(NUMBER.fullmatch(value)) and int(value) < threads,
          "OMP_DYNAMIC": lambda value, threads: value.lower() == "true",
-         "OMP_MAX_ACTIVE_LEVELS": lambda value, threads: value.isdecimal() and int(value) == 0}  # which values lower the number
+         "OMP_MAX_ACTIVE_LEVELS": lambda value, threads: bool(NUMBER.fullmatch(value)) and int(value) == 0}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 KEEP = 2**31 - 1  # bytes
 

@@ -135,11 +135,12 @@ def _shared(model: LanguageModel, texts: Texts, scr: bool, seed: int) -> tuple[d
 
 
 def _residuals(model: LanguageModel, texts: list[str], context: int) -> list[Tensor]:
-    """Each text's residuals (tokens, d_model) on the CPU, without BOS; of a long text, the beginning."""
+    """Each text's residuals (tokens, d_model) on the CPU, without BOS and outliers; of a long text, the beginning."""
     rows = [[model.bos, *ids[: context - 1]] for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]]
     found: dict[int, Tensor] = {}
     for batch, resid in residuals_by_length(model, rows):
-        found |= {i: one[1 : len(rows[i])].clone() for i, one in zip(batch, resid)}
+        of = {i: one[1 : len(rows[i])] for i, one in zip(batch, resid)}
+        found |= {i: x[~(x.norm(dim=1) > model.outlier_limit)].clone() for i, x in of.items()}
     return [found[i] for i in range(len(rows))]
 
 

@@ -38,6 +38,10 @@ HEADLINES: dict[str, tuple[str, int]] = {
 }
 
 
+WITH_OUTLIERS = ("core", "core_hub")  # sae_bench's core eval knows which token an id is, not how large its residual
+OF_CORE = ("ce_loss_score", "explained_variance_legacy")
+
+
 def numbers(name: str, result: Row) -> dict[str, float | None]:
     """The metrics of one eval; those that are not part of ``make reproduce`` carry the eval's name."""
     return {metric if name in REPRODUCED else f"{name}.{metric}": value for metric, value in result["metrics"].items()}
@@ -76,12 +80,12 @@ def eval_rows(results: Results, asked: Iterable[str], outliers: float) -> dict[s
         reasons = [result["not_run"] for result in mine if "not_run" in result]
         if not mine:
             reasons = ["`make saebench` was not run" if name in asked else "the configuration does not ask for it"]
-        doubt = f"counts the outliers, {outliers:.2%} of the tokens" if name == "core" and outliers else row.doubt
+        doubt = f"counts the outliers, {outliers:.2%} of the tokens" if name in WITH_OUTLIERS and outliers else row.doubt
         found[name] = {"needs": row.needs, "doubt": doubt, "scores": len(ran), "not_run": None if ran else reasons[0]}
     return found
 
 
-def differences(rows: list[Row], results: Results) -> list[Row]:
+def differences(rows: list[Row], results: Results, outliers: float) -> list[Row]:
     """The main chain's DMSAE minus its baseline for each headline metric and k: {metric, label, better, doubted, k, value,
     interval, n, sign, evaluation}.
 
@@ -91,7 +95,7 @@ def differences(rows: list[Row], results: Results) -> list[Row]:
     found, rows = [], [row for row in rows if row["chain"] == "main"]
     for metric, (label, better) in HEADLINES.items():
         name = metric.partition(".")[0]
-        doubted = name in EVALS and bool(EVALS[name].doubt)
+        doubted = name in EVALS and bool(EVALS[name].doubt) or metric in OF_CORE and outliers > 0
         for k in sorted({row["k"] for row in rows}):
             gains = list(advantage(rows, "distilled", k, metric).values())
             if gains:

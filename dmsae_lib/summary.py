@@ -256,7 +256,7 @@ def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
                                            for sae, artifact in stages.imported().items()],
         "identity": list(identity),
         "evals": scores.eval_rows(scored, asked, outliers["test"]),
-        "differences": scores.differences(retrained, scored),
+        "differences": scores.differences(retrained, scored, outliers["test"]),
         "heatmap": [{"arm": row["core"], "k": k, "seed": row["seed"], "coverage": share, "size": size,
                      "candidates": row["candidates"]}
                     for k in config.retrain.ks for row in stages.attributed(k) for share, size in row["coverage_curve"]],

@@ -22,7 +22,7 @@ HALVES = re.compile("[\ud800-\udfff]")
 
 def clean(text: str) -> str:
     """``text`` as tokenizers take it: no byte-order mark at its start, U+FFFD for each half of a surrogate pair."""
-    return HALVES.sub("\ufffd", text.removeprefix(MARK))
+    return HALVES.sub("\ufffd", text.lstrip(MARK))
 
 
 def file_texts(file: Path, field: str, setting: str, remedy: str = "mend the line") -> Iterator[str]:
@@ -49,16 +49,19 @@ def _opened(file: Path) -> TextIO:
     with open(file, "rb") as handle:
         start = handle.read(4)
     named = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
+    if not named and b"\0" in start:  # ASCII's characters in UTF-16 or UTF-32, which decode as UTF-8 all the same
+        raise UnicodeDecodeError("utf-8", start, start.index(b"\0"), start.index(b"\0") + 1, "a null byte")
     # With a mark the encoding is certain and a fault is local; without one a fault says that it is another encoding.
     return open(file, encoding=named or "utf-8-sig", errors="replace" if named else "strict")
 
 
 def _json_lines(handle: TextIO, field: str, setting: str, remedy: str) -> Iterator[str]:
     for number, line in enumerate(handle, 1):
-        if not line.strip():
+        line = line.strip().lstrip(MARK)  # files put together from several have marks inside
+        if not line:
             continue
         try:
-            row = json.loads(line.removeprefix(MARK))  # files put together from several have marks inside
+            row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
@@ -77,5 +80,7 @@ def _misplaced(file: Path) -> tuple[int, int, str]:
                 line.decode()
             except UnicodeDecodeError as error:
                 return number, before + error.start, error.reason
+            if b"\0" in line:
+                return number, before + line.index(b"\0"), "a null byte, as in UTF-16 without its mark"
             before += len(line)
     raise UserError(f"{file} changed while it was read: start again.")

@@ -45,7 +45,7 @@ def test_extended_has_five_chains_of_each_kind_and_every_control_at_every_k():
                                             for seed in range(5))  # fmt: skip
     assert extended.retrained_chains == list(kinds)  # each with its own core
     for name, (sparsity, _, seed) in kinds.items():
-        arms = ["none", "distilled", *CONTROLS, *UNFROZEN, "longer_repeated"] if sparsity == "batchtopk" else ["distilled"]
+        arms = ["none", "distilled", *CONTROLS, *UNFROZEN] if sparsity == "batchtopk" else ["distilled"]
         assert all(sorted(extended.retrain_arms(k, name)) == sorted((arm, 0) for arm in arms) for k in extended.retrain.ks)
         twin = next(other for other, kind in kinds.items() if kind[2] == seed)
         assert extended.trains(name, 0) == twin and extended.trains(name, 1) == name
@@ -248,3 +248,11 @@ def test_names_of_nothing_local_stay_as_they_are(repository, monkeypatch):
 def test_several_overrides_in_one_text(text, overrides):
     assert split_overrides(text) == overrides
     assert split_overrides(" ".join(overrides)) == overrides
+
+
+@pytest.mark.parametrize("text", ["seed: 2024-13-45", "seed: !!int x", "[" * 5000, b"seed: \xff"])
+def test_whatever_yaml_makes_of_it_a_broken_file_is_one_sentence(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match="mine.yaml is not valid YAML: "):
+        load_config(path)

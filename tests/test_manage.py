@@ -199,6 +199,11 @@ def test_compare_tells_chance_from_disagreement_and_fails_only_if_strict(run, on
     assert [line.split()[0] for line in said.splitlines()[1:3]] == ["language_model.clean_loss", "claims.C1"]
     assert f"Verdicts: C1 {before}, published: {summary['claims']['C1']['verdict']}." in said
     assert "THIS RUN DISAGREES" in said and (run.folder / "summary" / "summary.json").is_file()
+    summary["inputs"]["config_hash"] = "another"
+    spoil(path, summary)
+    assert manage.compare(run) == 0
+    said = capsys.readouterr().out
+    assert "other settings than the published one" in said and "DISAGREES" not in said
     path.write_text(path.read_text() + " ")
     with pytest.raises(UserError, match="results/synthetic is damaged .summary.json does not match its hash"):
         manage.compare(run)

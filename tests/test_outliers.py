@@ -12,11 +12,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
+from tiny_run import execute, open_tiny, stage_of, write_settings
+from transformers import AutoTokenizer
 
+from dmsae_lib import saebench_tpp
 from dmsae_lib.activations import Losses, median_norm, reference_losses, usable_count, usable_residuals
+from dmsae_lib.artifacts import UserError
 from dmsae_lib.attribution import attribute
 from dmsae_lib.evaluation import calibrate_threshold, evaluate
 from dmsae_lib.examples import top_contexts
+from dmsae_lib.fit import open_harvest
 from dmsae_lib.language_model import LanguageModel, lowered, next_token_loss
 from dmsae_lib.sae import MatryoshkaSAE
 from dmsae_lib.settings import ModelConfig
@@ -32,13 +37,19 @@ def split(random_split):
     return random_split(40, seed=5)
 
 
+def loud_model(folder, word=""):
+    """A tiny Llama that embeds the loud ids, and those of ``word``, as one direction of length 3,000."""
+    save_model(folder, context=32, confidence=4.0)
+    ids = AutoTokenizer.from_pretrained(folder)(word, add_special_tokens=False)["input_ids"] if word else []
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][[*LOUD, *ids]] = 3000.0 * F.normalize(torch.arange(1.0, 33.0), dim=0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, split):
-    """A tiny Llama that embeds the loud ids at 3,000 times their length, along one direction."""
-    folder = save_model(tmp_path_factory.mktemp("loud") / "llama", context=16, confidence=4.0)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][list(LOUD)] = 3000.0 * F.normalize(torch.arange(1.0, 33.0), dim=0)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    folder = loud_model(tmp_path_factory.mktemp("loud") / "llama")
     made = LanguageModel(ModelConfig(name=str(folder), hook_name="blocks.0.hook_resid_post", context_size=16, batch_rows=8))
     made.outlier_limit = 10 * median_norm(made, split)
     return made
@@ -104,6 +115,31 @@ def test_attribution(model, split):
 def test_examples_and_whatever_else_takes_residuals(model, split):
     assert top_contexts(make_sae(True), model, split, [LATENT, 5])[0] == []
     assert max(float(x.norm(dim=1).max()) for x in usable_residuals(model, split)) < 1000
+
+
+def test_class_means_of_texts(model):
+    """TPP and SCR average over a text's tokens."""
+    text = model.tokenizer.decode([*LOUD, 70, 71, 72])
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    (found,) = saebench_tpp._residuals(model, [text], 16)
+    assert 0 < len(found) == sum(token not in LOUD for token in ids) < len(ids) and float(found.norm(dim=1).max()) < 1000
+
+
+def test_a_run_knows_the_limit_that_its_harvest_measured(tmp_path):
+    """From the record, whoever opens it: the sample that controls are made of, the stream and the thresholds' tokens hold none."""
+    write_settings(tmp_path)
+    folder = loud_model(tmp_path / "loud", "q")
+    run = open_tiny(tmp_path, "loud", f"model.name={folder}", "model.hook_name=blocks.0.hook_resid_post", "data.outlier_norm=5",
+                    "data.store=stream", "data.buffer_rows=64")  # fmt: skip
+    with pytest.raises(UserError, match="predicts this text no better"):  # its weights are random; the harvest is written
+        execute(run, stage_of(run, "harvest"))
+    harvest = open_harvest(run)
+    assert harvest.record["outliers_dropped"] > 3 and harvest.model.outlier_limit == harvest.record["outlier_limit"] < 1000
+    limit = harvest.model.outlier_limit / harvest.record["scale"]
+    assert float(harvest.sample.norm(dim=1).max()) <= limit * 1.0001
+    assert max(float(x.norm(dim=1).max()) for x in harvest.calibration) <= harvest.model.outlier_limit
+    with_them = harvest.model.outlier_limit = math.inf
+    assert max(float(x.norm(dim=1).max()) for x in usable_residuals(harvest.model, harvest.splits["select"])) > 1000 < with_them
 
 
 def test_ablations_leave_outliers_where_they_are(model, split):

@@ -9,7 +9,7 @@ from dmsae_lib import scores
 from dmsae_lib.agreement import compare
 from dmsae_lib.results import validate
 from dmsae_lib.saebench import EVALS, Task
-from dmsae_lib.summary import summarise, write_summary
+from dmsae_lib.summary import Stages, summarise, write_summary
 from dmsae_lib.verdicts import FAILS
 
 FULL = "absorption.mean_full_absorption_score"
@@ -51,7 +51,7 @@ def test_differences_are_those_of_the_main_chain(run):
     summary = summarise(run)
     other = [row | {"chain": "b", "loss_increase": row["loss_increase"] + (row["core"] == "distilled")}
              for row in summary["retrain"]]  # fmt: skip
-    assert scores.differences(summary["retrain"] + other, {}) == scores.differences(summary["retrain"], {})
+    assert scores.differences(summary["retrain"] + other, {}, 0.0) == scores.differences(summary["retrain"], {}, 0.0)
     loss = [row for row in summary["differences"] if row["metric"] == "loss_increase"]
     assert [(row["k"], row["n"], row["better"], row["sign"]) for row in loss] == [(64, 3, -1, "+"), (96, 3, -1, "+")]
     assert all(row["value"] == pytest.approx(factory.EFFECT["distilled"], rel=1e-4) for row in loss)
@@ -94,8 +94,16 @@ def test_every_eval_says_whether_it_ran_and_else_why(run):
 def test_the_core_eval_is_doubted_where_there_are_outliers():
     """Alone: it cannot leave them out, and the others are not about fidelity."""
     doubted = {name: row["doubt"] for name, row in scores.eval_rows({}, (), 0.0004).items()}
-    assert doubted["core"] == "counts the outliers, 0.04% of the tokens"
-    assert doubted | {"core": ""} == {name: row["doubt"] for name, row in scores.eval_rows({}, (), 0.0).items()}
+    assert doubted["core"] == doubted["core_hub"] == "counts the outliers, 0.04% of the tokens"
+    plain = {name: row["doubt"] for name, row in scores.eval_rows({}, (), 0.0).items()}
+    assert doubted | {"core": "", "core_hub": ""} == plain and plain["core"] == ""
+
+
+def test_differences_in_core_are_doubted_where_there_are_outliers(run):
+    summary, found = summarise(run), Stages(run).scores
+    for outliers in (0.0, 0.01):
+        marked = {row["metric"] for row in scores.differences(summary["retrain"], found, outliers) if row["doubted"]}
+        assert marked == ({"ce_loss_score", "explained_variance_legacy"} if outliers else set())
 
 
 def test_a_run_without_the_suite_compares_with_one_that_has_it_in_all_else(run):

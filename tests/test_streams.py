@@ -1,12 +1,14 @@
 """No two SAEs of a run start alike: cycles, chains, placebos, retraining seeds, k's and arms each have a stream of their own."""
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch.nn.functional as F
 from tiny_run import execute, open_tiny, write_settings
 
 from dmsae_lib import fit
+from dmsae_lib.config import open_run
 from dmsae_lib.plan import stages
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:FigureCanvasAgg")]
@@ -61,3 +63,16 @@ def test_no_two_saes_start_alike(starts):
         for left, right in zip(mine, other):
             nearest = float((F.normalize(left, dim=1) @ F.normalize(right, dim=1).T).abs().max())
             assert nearest < 0.6, f"{a} and {b} share a latent at the start"
+
+
+@pytest.mark.parametrize("store, fresh, matters", [("disk", False, False), ("disk", True, True), ("stream", False, True)])
+@pytest.mark.parametrize("setting", ["data.buffer_rows=600", "model.batch_rows=7"])
+def test_what_orders_a_stream_is_among_what_an_sae_depends_on(store, fresh, matters, setting):
+    """Else a checkpoint's cursor would mean another place in the text. And so is where the SAE's own random stream is named."""
+
+    def parents(*overrides: str, place: str = "a"):
+        run = open_run("smoke", "x", [f"data.store={store}", *overrides])
+        harvest = SimpleNamespace(run=run, artifact=SimpleNamespace(hash="h"))
+        return fit.parents_of(fit.Job(run.folder / place, run.config.training, 0, "order", 0, fresh=fresh), harvest)
+
+    assert (parents() != parents(setting)) == matters and parents() == parents() != parents(place="b")

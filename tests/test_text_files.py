@@ -41,6 +41,23 @@ def test_marks_inside_a_file_made_of_several_are_taken_off(tmp_path, kind):
     assert list(documents(data(path))) == []
 
 
+@pytest.mark.parametrize("between", ["\ufeff\n", " \ufeff", "\ufeff\ufeff"])
+def test_marks_alone_in_a_line_or_several_of_them_are_taken_off(tmp_path, between):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{between}{{"text": "\ufeff\ufeffb"}}\n\ufeff', encoding="utf-8")
+    assert list(documents(data(path))) == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("encoding, byte", [("utf-16-le", 1), ("utf-16-be", 0), ("utf-32-le", 1)])
+def test_other_encodings_without_a_mark_are_no_text(tmp_path, kind, encoding, byte):
+    """English in UTF-16 is UTF-8, too, with a null after each letter."""
+    path, text = file_of(tmp_path, kind, ["hello there"])
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=rf"is not UTF-8 text .a null byte.* at byte {byte}, in line 1.; convert it"):
+        list(documents(data(path)))
+
+
 def test_a_mark_inside_the_text_field_is_taken_off_and_one_in_the_middle_is_text(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps({"text": "\ufeffone"}) + "\n" + json.dumps({"text": "t\ufeffwo"}))
