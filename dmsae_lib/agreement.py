@@ -43,7 +43,7 @@ class Number(NamedTuple):
 def _numbers(summary: Row) -> Iterator[Number]:
     model, chains = summary["language_model"], {"main": summary["cycles"]}
     for name in ("clean_loss", "zero_loss", "mean_loss"):
-        yield Number(f"language_model.{name}", "bare model", (), model[name])
+        yield Number(f"language_model.{name}", "bare model", (name,), model[name])
     chains |= {name: chain["cycles"] for name, chain in summary["chains"].items()}
     kinds = dict.fromkeys(judged_chains(summary), "judged")  # others have core settings of their own
     for name, rows in chains.items():

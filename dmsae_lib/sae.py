@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dmsae_lib.artifacts import Artifact, UserError, Writer
 
-THRESHOLDS = ("threshold", "threshold_ema")
+THRESHOLDS = {"threshold", "threshold_ema"}  # float64
 
 
 class MatryoshkaSAE(nn.Module):
@@ -80,7 +80,7 @@ class MatryoshkaSAE(nn.Module):
 
     def load_state_dict(self, state: Mapping[str, Tensor], **options: bool) -> object:
         """As torch's; an SAE from elsewhere may have thresholds (d_sae,)."""
-        for name in THRESHOLDS:
+        for name in THRESHOLDS & state.keys():
             setattr(self, name, getattr(self, name).new_empty(state[name].shape))
         return super().load_state_dict(state, **options)
 
