@@ -21,7 +21,7 @@ from dmsae_lib.results import Results
 from dmsae_lib.verdicts import t_interval
 
 Row = dict[str, Any]
-Look = tuple[str, str, str]  # label, colour, marker
+Look = tuple[str, str, str | tuple[int, int, int]]  # label, colour, marker
 SINGLE, DOUBLE = 3.3, 7.0  # inches: one and two columns of a paper
 SEEDS = "training seeds (one distilled core)"
 PLURAL = {CHAIN: "distillation chains", SEED: SEEDS}
@@ -31,14 +31,14 @@ ARMS: dict[str, Look] = {
     "none": ("Matryoshka baseline", "#0072B2", "o"),
     "distilled": ("DMSAE ({kind} core)", "#D55E00", "s"),
     "random": ("random core", "#009E73", "^"),
-    "random_outside": ("random, outside the core", "#117733", "x"),
+    "random_outside": ("random, outside the core", "#117733", (4, 1, 0)),
     "most_frequent": ("most frequent core", "#E69F00", "P"),
     "random_directions": ("random directions", "#CC79A7", "D"),
     "data_points": ("random activations", "#56B4E9", "v"),
     "pca": ("principal components", "#332288", "X"),
     "rotated": ("rotated in its span", "#882255", "d"),
     "warm_start": ("warm start, unfrozen", "#999933", "p"),
-    "cold_start": ("same nesting, no start", "#661100", "+"),
+    "cold_start": ("same nesting, no start", "#661100", (6, 1, 0)),
     "longer_repeated": ("baseline, {times}x tokens, repeated", "#000000", "<"),
     "longer_fresh": ("baseline, {times}x tokens, fresh", "#8c8c8c", ">"),
 }
@@ -52,7 +52,7 @@ class Kind(NamedTuple):
 
     name: str
     colour: str
-    marker: str
+    marker: str | tuple[int, int, int]
     chains: dict[str, list[Row]]  # their cycle rows
     rows: list[Row]  # retrained with their cores
 
