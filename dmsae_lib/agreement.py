@@ -20,10 +20,10 @@ Row = dict[str, Any]
 CHANCE = 0.01  # share of the numbers that are beyond their tolerance where runs differ as seeds do
 SURPRISE = 0.001  # so improbable a count of such numbers, or one that is FAR times its tolerance away, is a disagreement
 FAR = 3.0
-ROUNDING = 0.001  # nats: of the bare model only sums are added in another order
 UNMOVED = (0.0, 0.001, "replicates do not differ: rounding alone")
-# Where a run has no replicates of a number, as the cycles of a run with one chain.
-UNMEASURED = {"cycle.core_out": (3.0, 0.10, "the change of size that claim C1 calls settled"),
+# Where a run has no replicates of a number, as the bare model or the cycles of a run with one chain.
+UNMEASURED = {"bare model": (0.001, 0.0, "rounding: the weights are given"),  # nats
+              "cycle.core_out": (3.0, 0.10, "the change of size that claim C1 calls settled"),
               "cycle.kept": (3.0, 0.10, "the change of size that claim C1 calls settled"),
               "cycle.L0.core": (1.0, 0.10, "as the core's size"), "L0.core": (1.0, 0.10, "as the core's size"),
               "cycle.L0.total": (0.0, 0.04, "calibration on other text"), "L0.total": (0.0, 0.04, "calibration on other text"),
@@ -81,9 +81,8 @@ def tolerances(summary: Row) -> dict[str, Row]:
         varied = [values for values in by_group.values() if any(values)]  # no core: its L0 is 0 whatever the seed
         df = sum(len(values) - 1 for values in varied)
         squares = sum((value - fmean(values)) ** 2 for values in varied for value in values)
-        if kind == "bare model" or df == 0 or squares == 0:
-            absolute, relative, source = ((ROUNDING, 0.0, "rounding: the weights are given") if kind == "bare model" else
-                                          UNMOVED if df else UNMEASURED.get(kind, OTHERWISE))  # fmt: skip
+        if df == 0 or squares == 0:
+            absolute, relative, source = UNMOVED if df else UNMEASURED.get(kind, OTHERWISE)
             found[kind] = {"tolerance": [absolute, relative], "sd": 0.0 if df else None, "df": df, "source": source}
         else:
             sd = math.sqrt(squares / df)

@@ -107,8 +107,7 @@ class RunConfig(Section):
             return self
         found = [c for c in self.distill.chains if c.name == chain]
         if not found:
-            known = ", ".join(["main", *(c.name for c in self.distill.chains)])
-            raise UserError(f"There is no chain {chain!r} in config {self.name}: use one of {known}.")
+            raise UserError(f"There is no chain {chain!r} in config {self.name}: use one of {', '.join(self.chains)}.")
         own = found[0].model_dump(include=set(CoreSettings.model_fields), exclude_none=True)
         training, distill = self.training.model_copy(update=own), self.distill
         if training != self.training:  # not among the chains that C2 is judged by, so it needs no null
@@ -120,13 +119,17 @@ class RunConfig(Section):
         if cycle:
             return chain
         seed = self.for_chain(chain).seed
-        return next(name for name in ("main", *(c.name for c in self.distill.chains)) if self.for_chain(name).seed == seed)
+        return next(name for name in self.chains if self.for_chain(name).seed == seed)
+
+    @property
+    def chains(self) -> list[str]:
+        """The names of all distillation chains, the main one first."""
+        return ["main", *(chain.name for chain in self.distill.chains)]
 
     @property
     def replicates(self) -> list[str]:
         """The main chain, and those that differ from it in their seed alone."""
-        names = ["main", *(chain.name for chain in self.distill.chains)]
-        return [name for name in names if self.for_chain(name).training == self.training]
+        return [name for name in self.chains if self.for_chain(name).training == self.training]
 
     @property
     def retrained_chains(self) -> list[str]:

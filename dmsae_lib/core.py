@@ -137,7 +137,7 @@ def candidate_pool(cycles: list[tuple[int, MatryoshkaSAE, Tensor]]) -> Pool:
         rows.append(sae.free_rows[:m].detach())
         frequency.append(of_candidates[c : c + m])
     rows, frequency = torch.cat(rows), torch.cat(frequency)
-    near = _cosines(rows, rows) > NEAR_COPY
+    near = cosines(rows, rows) > NEAR_COPY
     kept: list[int] = []
     for i in range(len(rows)):
         if not near[i, kept].any():
@@ -163,14 +163,14 @@ def control_core(kind: str, core: Core, pool: Pool, x: Tensor, random: torch.Gen
     pca: the leading principal directions of ``x``, each with both signs, so that ReLU sees both.
     rotated: the core's rows, turned at random within their own span; norms and mutual cosines stay.
     """
-    size, norms = len(core), core.rows.norm(dim=1, keepdim=True)
+    size = len(core)
     if kind in NEW_ROWS:
-        return Frozen(_new_rows(kind, core.rows, x, random) * norms)
+        return Frozen(_new_rows(kind, core.rows, x, random))
     if kind not in OF_LATENTS:
         raise UserError(f"There is no control core {kind!r}: use one of {', '.join(CONTROLS)}.")
     of = torch.arange(len(pool.ids))
     if kind == "random_outside":
-        of = of[~(_cosines(pool.rows, core.rows) > NEAR_COPY).any(1)]
+        of = of[~(cosines(pool.rows, core.rows) > NEAR_COPY).any(1)]
     if len(of) < size:
         raise UserError(f"The control core {kind} needs {size} latents and all first prefixes together hold "
                         f"{len(of)} that differ: raise sae.prefixes[0] or distill.cycles, or drop the control.")
@@ -187,17 +187,22 @@ def placebo_rows(kind: str, core: Core, survivors: Tensor, x: Tensor, random: to
     rows that nothing ever selected fill it up, with the norms of the core's rows. No row is in it twice: a principal component
     that has survived is not drawn again.
     """
-    new = _new_rows(kind, core.rows, x, random) * core.rows.norm(dim=1, keepdim=True)
+    new = _new_rows(kind, core.rows, x, random)
     there = (F.normalize(new, dim=1) @ F.normalize(survivors, dim=1).T > 1 - ROUNDING).any(1)
     return torch.cat([survivors, new[~there]])[: len(core)]
 
 
-def _cosines(a: Tensor, b: Tensor) -> Tensor:
+def cosines(a: Tensor, b: Tensor) -> Tensor:
     """|cosine| of rows (n, d_in) and (m, d_in), (n, m)."""
     return (F.normalize(a, dim=1) @ F.normalize(b, dim=1).T).abs()
 
 
 def _new_rows(kind: str, rows: Tensor, x: Tensor, random: torch.Generator) -> Tensor:
+    """Rows that no training has selected, with the norms of ``rows`` (size, d_in)."""
+    return _directions(kind, rows, x, random) * rows.norm(dim=1, keepdim=True)
+
+
+def _directions(kind: str, rows: Tensor, x: Tensor, random: torch.Generator) -> Tensor:
     """Unit rows (size, d_in) that no training has selected."""
     size, d_in = rows.shape
     if kind == "random_directions":

@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dmsae_lib.config import Run
-from dmsae_lib.core import final_core, read_core
+from dmsae_lib.core import cosines, final_core, read_core
 from dmsae_lib.sae import MatryoshkaSAE, load_sae
 from dmsae_lib.seeds import generator
 
@@ -50,7 +50,7 @@ def compared(a: Tensor, b: Tensor, f: Tensor | None = None, g: Tensor | None = N
     {size, cosine, cosine_above, activation, activation_above, span, span_chance}: means over the matched pairs, and the share of
     them above SAME.
     """
-    cosine = matched((F.normalize(a, dim=1) @ F.normalize(b, dim=1).T).abs())
+    cosine = matched(cosines(a, b))
     activation = None if f is None else matched(correlations(f, g))
     return {"size": len(cosine), "cosine": float(cosine.mean()), "cosine_above": float((cosine > SAME).float().mean()),
             "activation": None if activation is None else float(activation.mean()),

@@ -106,7 +106,7 @@ def stages(config: RunConfig) -> list[Stage]:
     files = {"model_files": _fingerprint(config.model.name), "data_files": _fingerprint(config.data.source)}
     harvest = _slice(config, *COMPUTING, "model", "data", **files)
     found = [Stage("harvest", "01_harvest", "harvest", (), {}, harvest)]
-    chains = {name: _chain_stages(config, name) for name in ("main", *(chain.name for chain in config.distill.chains))}
+    chains = {name: _chain_stages(config, name) for name in config.chains}
     for chain in chains.values():
         found += chain
     if config.learning_rate_sweep:

@@ -177,7 +177,7 @@ class Sizing:
     @cached_property
     def cycles(self) -> tuple[int, int, int]:
         """How many SAEs without a core, with one, and placebos the distillation chains train; some share their first."""
-        chains = ["main", *(chain.name for chain in self.config.distill.chains)]
+        chains = self.config.chains
         last, first = self.config.distill.cycles, {self.config.trains(chain, 0) for chain in chains}
         return len(first), last * len(chains), last * sum(len(self.config.for_chain(chain).distill.placebos) for chain in chains)
 
