@@ -1,5 +1,5 @@
 # Distilled Matryoshka SAEs: every step of the replication. `make help` lists what can be made.
-# The stages of an experiment and their dependencies are in runs/<run>/plan.mk, written by dmsae_lib/plan.py from the
+# The stages of an experiment and their dependencies are in runs/<run>/plan.mk, written by dmsae_lib/command/plan.py from the
 # configuration; `make -n stages` prints them. All paths are relative, so the clone may lie anywhere.
 
 CONFIG = default
@@ -59,43 +59,43 @@ help: ## list what can be made
 setup: $(ENVIRONMENT) ## install everything, pinned, into .venv (Python 3.11 or 3.12; about 2.7 GB with a CPU torch)
 
 reproduce: stages ## run the whole paper for CONFIG: every stage, the figures, then compare with what is published
-	@$(PY) -m dmsae_lib.manage compare $(WHICH)
+	@$(PY) -m dmsae_lib.command.manage compare $(WHICH)
 
 stages: $(ENVIRONMENT) ## run the stages that are missing or stale (with -n: print them)
-	@$(READY); $(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" $(STAGE)
+	@$(READY); $(PY) -m dmsae_lib.command.plan $(WHICH) --make "$(MAKE)" $(STAGE)
 
 saebench: stages ## run the rest of SAEBench (saebench.suite: absorption, TPP, SCR ...), then the summary with it
-	@$(READY); $(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" saebench_suite
-	@$(READY); $(PY) -m dmsae_lib.plan $(WHICH) --make "$(MAKE)" stages
+	@$(READY); $(PY) -m dmsae_lib.command.plan $(WHICH) --make "$(MAKE)" saebench_suite
+	@$(READY); $(PY) -m dmsae_lib.command.plan $(WHICH) --make "$(MAKE)" stages
 
 smoke: ## the whole paper at toy size, in minutes
 	@$(MAKE) --no-print-directory reproduce CONFIG=smoke
 
 compare: $(ENVIRONMENT) ## set the run's numbers and verdicts beside the published ones (STRICT=1: fail unless all are the same)
-	@$(PY) -m dmsae_lib.manage compare $(WHICH) $(if $(STRICT),--strict)
+	@$(PY) -m dmsae_lib.command.manage compare $(WHICH) $(if $(STRICT),--strict)
 
 status: $(ENVIRONMENT) ## show each stage: missing, stale and why, or present; when and by which code it was made
-	@$(PY) -m dmsae_lib.manage status $(WHICH)
+	@$(PY) -m dmsae_lib.command.manage status $(WHICH)
 
 publish: $(ENVIRONMENT) ## copy a finished run to results/ and figures/
-	@$(PY) -m dmsae_lib.manage publish $(WHICH) $(if $(AS),--as $(call quoted,AS))
+	@$(PY) -m dmsae_lib.command.manage publish $(WHICH) $(if $(AS),--as $(call quoted,AS))
 
 core: $(ENVIRONMENT) ## write the finished run's core for others to use, runs/<run>/core
-	@$(PY) -m dmsae_lib.manage core $(WHICH)
+	@$(PY) -m dmsae_lib.command.manage core $(WHICH)
 
 push-core: $(ENVIRONMENT) ## push the finished run's core with a model card to the Hub, or into a folder (REPO=)
-	@$(PY) -m dmsae_lib.manage push-core $(WHICH) --to $(call quoted,REPO) $(if $(LICENCE),--licence $(call quoted,LICENCE)) $(if $(PUBLIC),--public)
+	@$(PY) -m dmsae_lib.command.manage push-core $(WHICH) --to $(call quoted,REPO) $(if $(LICENCE),--licence $(call quoted,LICENCE)) $(if $(PUBLIC),--public)
 
 figures: $(ENVIRONMENT) ## draw figures/CONFIG again from results/CONFIG alone
-	@$(PY) -m dmsae_lib.manage figures $(WHICH) $(if $(AS),--as $(call quoted,AS))
+	@$(PY) -m dmsae_lib.command.manage figures $(WHICH) $(if $(AS),--as $(call quoted,AS))
 
 sizing: $(ENVIRONMENT) ## predict CONFIG's times, memory and disk beside what was measured, and the Gemma-2-2B run
-	@$(PY) -m dmsae_lib.run_notebook notebooks/08_sizing.ipynb runs/sizing/sizing.ipynb -p config $(call quoted,CONFIG) -p write true $(NBFLAGS)
+	@$(PY) -m dmsae_lib.command.run_notebook notebooks/08_sizing.ipynb runs/sizing/sizing.ipynb -p config $(call quoted,CONFIG) -p write true $(NBFLAGS)
 	@cp runs/sizing/sizing.ipynb results/$(call quoted,CONFIG)/notebooks/sizing.ipynb
-	@$(PY) -m dmsae_lib.manage figures $(WHICH)
+	@$(PY) -m dmsae_lib.command.manage figures $(WHICH)
 
 base-model: $(ENVIRONMENT) ## train the embedded language model again, in runs/base_model (an hour on two cores)
-	@$(PY) -m dmsae_lib.run_notebook notebooks/00_base_model.ipynb runs/base_model/notebooks/00_base_model.ipynb \
+	@$(PY) -m dmsae_lib.command.run_notebook notebooks/00_base_model.ipynb runs/base_model/notebooks/00_base_model.ipynb \
 	  -p run base_model -p tokens 30000000 -p documents 0 -p vocab_size 4096 -p batch_rows 32 $(NBFLAGS)
 
 bench: $(ENVIRONMENT) .venv-bench/.complete ## time a training step against SAELens and dictionary_learning (CASE='L-clean': that alone)
@@ -107,12 +107,12 @@ bench-environment: .venv-bench/.complete ## set up .venv-bench, which holds dict
 	@$(PY) -m benchmarks.environment
 
 mend: $(ENVIRONMENT) ## check every artefact against its hashes, and make the damaged ones again
-	@$(PY) -m dmsae_lib.manage mend $(WHICH)
+	@$(PY) -m dmsae_lib.command.manage mend $(WHICH)
 	@$(MAKE) --no-print-directory stages
 
 clean: ## remove what was computed for CONFIG (or RUN), naming it first; never results/ or figures/
 	@if [ ! -d runs ]; then echo "there is no runs/: nothing to remove"; \
-	else $(PY) -m dmsae_lib.manage clean $(WHICH); fi
+	else $(PY) -m dmsae_lib.command.manage clean $(WHICH); fi
 
 test: $(ENVIRONMENT) .venv-bench/.complete lint ## lint, unit tests, and every notebook at toy size
 	@$(MAKE) --no-print-directory clean CONFIG=smoke > /dev/null # a change of the library makes no stage stale

@@ -1,1 +1,2 @@
-"""`make bench`: one training step of ours against SAELens's and dictionary_learning's own (README.md in this folder)."""
+"""`make bench`: one training step of ours against SAELens's and dictionary_learning's own (README.md in this
+folder)."""

@@ -8,7 +8,8 @@ DEAD = 0.1  # share of dead latents in the cases that have some
 CORE = 64  # core latents of the row `ours_core`; a quarter of the width where that is less
 OURS, CORED, SAELENS, DICTIONARY, DENSE = "ours", "ours_core", "saelens", "dictionary_learning", "dense"
 PEERS = (SAELENS, DICTIONARY)
-SPARSE, MATRICES = "ours_sparse", "ours_matrices"  # ours, on active entries alone or with dense products, whatever the rule says
+# ours, on active entries alone or with dense products, whatever the rule says
+SPARSE, MATRICES = "ours_sparse", "ours_matrices"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Shape:
 
     @property
     def floor_flops(self) -> int:
-        """Multiplications and additions of the encoder's matrix product (batch_size, d_in) x (d_in, d_sae)."""
+        """Multiplications and additions of the encoder's matrix product (batch_size, d_in) x (d_in,
+        d_sae)."""
         return 2 * self.batch_size * self.d_in * self.d_sae
 
 
@@ -43,11 +45,13 @@ class Shape:
 class Case:
     """One interleaved measurement.
 
-    ``rounds`` times in turn, each contestant takes ``untimed`` steps (caches and threads wake up) and ``timed`` ones.
+    ``rounds`` times in turn, each contestant takes ``untimed`` steps (caches and threads wake up) and
+    ``timed`` ones.
     """
 
     name: str
-    kind: str  # "step", "installed" (peers without our malloc settings), "width" and "many" (growth), "share" (of active latents)
+    # "step", "installed" (peers without our malloc settings), "width" and "many" (growth), "share" (of active latents)
+    kind: str
     shape: Shape
     contestants: tuple[str, ...]
     dead: float = 0.0
@@ -79,12 +83,17 @@ def cpu_cases() -> list[Case]:
     for n in MANY:
         cases.append(Case(f"many-{n}", "many", S, ALL, n_saes=n))
     for k in SHARES:
-        cases.append(Case(f"share-{k}", "share", Shape(f"D{k}", 128, 768, k, 1024, real=True), (SPARSE, MATRICES, DENSE)))
+        cases.append(
+            Case(
+                f"share-{k}", "share", Shape(f"D{k}", 128, 768, k, 1024, real=True), (SPARSE, MATRICES, DENSE)
+            )
+        )
     return cases
 
 
 def cuda_cases() -> list[Case]:
-    """The paper's shape, bf16 autocast over float32 weights. No such run has been made by us: it needs a GPU."""
+    """The paper's shape, bf16 autocast over float32 weights. No such run has been made by us: it needs a
+    GPU."""
     cases = []
     for k in (20, 80, 320):
         for batch_size in (2048, 8192):

@@ -1,7 +1,8 @@
 """Each contestant's own public training step, behind one small interface.
 
-Built from the same weights; all use a learning rate so small that the state stays the same while it is timed. Nothing
-of the peers is copied or changed: their trainers are imported, given the same job, and stepped as their own loops do.
+Built from the same weights; all use a learning rate so small that the state stays the same while it is timed.
+Nothing of the peers is copied or changed: their trainers are imported, given the same job, and stepped as
+their own loops do.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from benchmarks.cases import Case
 
 LR = 1e-5
 AUX_ALPHA = 1 / 32
-STEPS = 1_000_000  # length of the training that the trainers believe to be in: no schedule ends, nothing is logged
+# length of the training that the trainers believe to be in: no schedule ends, nothing is logged
+STEPS = 1_000_000
 DEAD_AFTER = 10_000_000  # tokens; dictionary_learning's constant, which no latent reaches by itself here
 
 
@@ -31,16 +33,24 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """``dmsae_lib.training.Trainer.train_step``, fused Adam and all."""
+    """``dmsae_lib.sae.training.Trainer.train_step``, fused Adam and all."""
 
     def __init__(self, case: Case, inputs: dict[str, Tensor], dead: Tensor, device: str, n_core: int = 0):
-        from dmsae_lib.sae import MatryoshkaSAE
-        from dmsae_lib.settings import TrainingConfig
-        from dmsae_lib.training import Trainer
+        from dmsae_lib.config.sections import TrainingConfig
+        from dmsae_lib.sae.model import MatryoshkaSAE
+        from dmsae_lib.sae.training import Trainer
 
         shape = case.shape
-        config = TrainingConfig(k=shape.k, batch_size=shape.batch_size, lr=LR, warmup=0, decay=0, aux_alpha=AUX_ALPHA,
-                                dead_window=DEAD_AFTER, autocast=shape.bf16)
+        config = TrainingConfig(
+            k=shape.k,
+            batch_size=shape.batch_size,
+            lr=LR,
+            warmup=0,
+            decay=0,
+            aux_alpha=AUX_ALPHA,
+            dead_window=DEAD_AFTER,
+            autocast=shape.bf16,
+        )
         self.trainers = []
         for _ in range(case.n_saes):
             core = inputs["W_enc"][:n_core] if n_core else None
@@ -49,7 +59,8 @@ class Ours:
                 sae.free_rows.copy_(inputs["W_enc"][n_core:])
                 sae.W_dec.copy_(inputs["W_dec"])
                 sae.b_enc.copy_(inputs["b_enc"])
-                sae.b_enc[:n_core] -= inputs["threshold"]  # a core latent then fires as often as when it was selected
+                # a core latent then fires as often as when it was selected
+                sae.b_enc[:n_core] -= inputs["threshold"]
                 sae.b_dec.copy_(inputs["b_dec"])
             trainer = Trainer(sae, config, STEPS)
             trainer.since_fired[dead] = DEAD_AFTER
@@ -70,23 +81,43 @@ class SAELens:
 
     def __init__(self, case: Case, inputs: dict[str, Tensor], dead: Tensor, device: str):
         from sae_lens.config import LoggingConfig, SAETrainerConfig
-        from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+        from sae_lens.saes.matryoshka_batchtopk_sae import (
+            MatryoshkaBatchTopKTrainingSAE,
+            MatryoshkaBatchTopKTrainingSAEConfig,
+        )
         from sae_lens.training.sae_trainer import SAETrainer
 
         shape = case.shape
         window = DEAD_AFTER // shape.batch_size  # SAELens counts batches
         self.trainers = []
         for _ in range(case.n_saes):
-            sae = MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(
-                d_in=shape.d_in, d_sae=shape.d_sae, k=shape.k, matryoshka_widths=shape.widths, aux_loss_coefficient=AUX_ALPHA,
-                apply_b_dec_to_input=True, normalize_activations="none", dtype="float32", device=device))  # fmt: skip
+            sae = MatryoshkaBatchTopKTrainingSAE(
+                MatryoshkaBatchTopKTrainingSAEConfig(
+                    d_in=shape.d_in,
+                    d_sae=shape.d_sae,
+                    k=shape.k,
+                    matryoshka_widths=shape.widths,
+                    aux_loss_coefficient=AUX_ALPHA,
+                    apply_b_dec_to_input=True,
+                    normalize_activations="none",
+                    dtype="float32",
+                    device=device,
+                )
+            )
             with torch.no_grad():
                 sae.W_enc.copy_(inputs["W_enc"].T)
                 for name in ("W_dec", "b_enc", "b_dec"):
                     getattr(sae, name).copy_(inputs[name])
-            config = SAETrainerConfig(total_training_samples=STEPS * shape.batch_size, train_batch_size_samples=shape.batch_size,
-                                      lr=LR, lr_end=LR, device=device, autocast=shape.bf16, dead_feature_window=window,
-                                      logger=LoggingConfig(log_to_wandb=False))  # fmt: skip
+            config = SAETrainerConfig(
+                total_training_samples=STEPS * shape.batch_size,
+                train_batch_size_samples=shape.batch_size,
+                lr=LR,
+                lr_end=LR,
+                device=device,
+                autocast=shape.bf16,
+                dead_feature_window=window,
+                logger=LoggingConfig(log_to_wandb=False),
+            )
             trainer = SAETrainer(config, sae, data_provider=iter(()))
             trainer.n_forward_passes_since_fired[dead] = window + 1
             self.trainers.append(trainer)
@@ -106,7 +137,8 @@ class SAELens:
 
 
 class DictionaryLearning:
-    """``MatryoshkaBatchTopKTrainer.update``; several SAEs in turn on one batch, as its ``trainSAE`` steps them."""
+    """``MatryoshkaBatchTopKTrainer.update``; several SAEs in turn on one batch, as its ``trainSAE`` steps
+    them."""
 
     def __init__(self, case: Case, inputs: dict[str, Tensor], dead: Tensor, device: str):
         from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
@@ -116,17 +148,28 @@ class DictionaryLearning:
         self.trainers = []
         for _ in range(case.n_saes):
             trainer = MatryoshkaBatchTopKTrainer(
-                steps=STEPS, activation_dim=shape.d_in, dict_size=shape.d_sae, k=shape.k, layer=0, lm_name="none",
+                steps=STEPS,
+                activation_dim=shape.d_in,
+                dict_size=shape.d_sae,
+                k=shape.k,
+                layer=0,
+                lm_name="none",
                 group_fractions=[size / shape.d_sae for size in sizes],
-                group_weights=[float(len(sizes))] * len(sizes),  # it takes their mean: this makes the loss the sum, as ours is
-                lr=LR, auxk_alpha=AUX_ALPHA, warmup_steps=0, device=device)  # fmt: skip
+                # it takes their mean: this makes the loss the sum, as ours is
+                group_weights=[float(len(sizes))] * len(sizes),
+                lr=LR,
+                auxk_alpha=AUX_ALPHA,
+                warmup_steps=0,
+                device=device,
+            )
             trainer.ae.W_enc.data.copy_(inputs["W_enc"].T)
             for name in ("W_dec", "b_enc", "b_dec"):
                 getattr(trainer.ae, name).data.copy_(inputs[name])
             trainer.dead_feature_threshold = DEAD_AFTER
             trainer.num_tokens_since_fired[dead] = DEAD_AFTER
             self.trainers.append(trainer)
-        self.count = self.trainers[0].threshold_start_step + 1  # beyond: step 0 sets b_dec, early ones keep no threshold
+        # beyond: step 0 sets b_dec, early ones keep no threshold
+        self.count = self.trainers[0].threshold_start_step + 1
         self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=shape.bf16)
 
     def step(self, x: Tensor) -> Any:
@@ -146,8 +189,9 @@ class DictionaryLearning:
 def dense_work(case: Case, inputs: dict[str, Tensor]) -> dict[str, Callable[[Tensor], Any]]:
     """What the steps are set against, by name; each writes into memory that is there already.
 
-    ``floor``: the encoder's product. ``five_gemms``: that, the decoder's, and the backward products of a dense SAE (of
-    activations, of W_dec and of W_enc). ``flat_topk``: BatchTopK's selection by one torch.topk over all activations.
+    ``floor``: the encoder's product. ``five_gemms``: that, the decoder's, and the backward products of a
+    dense SAE (of activations, of W_dec and of W_enc). ``flat_topk``: BatchTopK's selection by one torch.topk
+    over all activations.
     """
     shape, kind = case.shape, torch.bfloat16 if case.shape.bf16 else torch.float32
     like = inputs["W_dec"].device
@@ -165,16 +209,19 @@ def dense_work(case: Case, inputs: dict[str, Tensor]) -> dict[str, Callable[[Ten
         torch.mm(a.T, out, out=grad_up)
         torch.mm(x.T, grad, out=grad_down)
 
-    return {"floor": lambda x: torch.mm(x.to(kind), down, out=a),
-            "five_gemms": lambda x: five(x.to(kind)),
-            "flat_topk": lambda x: torch.topk(positive, shape.k * shape.batch_size, sorted=False)}
+    return {
+        "floor": lambda x: torch.mm(x.to(kind), down, out=a),
+        "five_gemms": lambda x: five(x.to(kind)),
+        "flat_topk": lambda x: torch.topk(positive, shape.k * shape.batch_size, sorted=False),
+    }
 
 
 def build(name: str, case: Case, inputs: dict[str, Tensor], dead: Tensor, device: str) -> Contestant:
     if name in (cases.SPARSE, cases.MATRICES):
-        from dmsae_lib.entries import SPARSE_BELOW
+        from dmsae_lib.sae.entries import SPARSE_BELOW
 
-        SPARSE_BELOW[torch.device(device).type] = 1.1 if name == cases.SPARSE else 0.0  # every contestant has its own process
+        # every contestant has its own process
+        SPARSE_BELOW[torch.device(device).type] = 1.1 if name == cases.SPARSE else 0.0
     if name in (cases.OURS, cases.SPARSE, cases.MATRICES):
         return Ours(case, inputs, dead, device)
     if name == cases.CORED:

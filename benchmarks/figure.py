@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from benchmarks.cases import DICTIONARY, OURS, SAELENS
-from dmsae_lib import plot_style
-from dmsae_lib.artifacts import hash_json
-from dmsae_lib.house_style import MUTED, in_house_style
-from dmsae_lib.plot_style import DOUBLE
+from dmsae_lib.figures import style as plot_style
+from dmsae_lib.figures.house_style import MUTED, in_house_style
+from dmsae_lib.figures.style import DOUBLE
+from dmsae_lib.store.artifacts import hash_json
 
 Case = dict[str, Any]
 LOOK = {  # contestant: label, colour, marker
@@ -29,14 +29,26 @@ def cases_of(result: dict[str, Any], kind: str) -> list[Case]:
 def bars(axes: Axes, measured: list[Case], value: str, unit: float = 1.0, scale: str = "linear") -> None:
     """``value`` of every contestant, a group of bars per case."""
     for number, (name, (label, colour, _)) in enumerate(LOOK.items()):
-        found = [(place, case["contestants"][name][value]) for place, case in enumerate(measured)
-                 if case["contestants"].get(name, {}).get(value) is not None]
+        found = [
+            (place, case["contestants"][name][value])
+            for place, case in enumerate(measured)
+            if case["contestants"].get(name, {}).get(value) is not None
+        ]
         places = [place + 0.26 * (number - 1) for place, _ in found]
         axes.bar(places, [v * unit for _, v in found], 0.24, color=colour, label=label)
         for place, (_, v) in zip(places, found):
             text = f"{v * unit:.{0 if v * unit > 99 else 1}f}"
-            axes.annotate(text, (place, v * unit), (0, 2), textcoords="offset points", ha="center", va="bottom", rotation=90,
-                          fontsize=plot_style.SMALL - 1, color=MUTED)
+            axes.annotate(
+                text,
+                (place, v * unit),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                rotation=90,
+                fontsize=plot_style.SMALL - 1,
+                color=MUTED,
+            )
     axes.set_xticks(range(len(measured)), [case["name"].replace("-", "\n", 1) for case in measured])
     axes.set_yscale(scale)
     axes.grid(axis="x", visible=False)
@@ -46,10 +58,20 @@ def bars(axes: Axes, measured: list[Case], value: str, unit: float = 1.0, scale:
 def growth(axes: Axes, measured: list[Case], over: str, divide: bool) -> None:
     """Milliseconds per step (``divide``: and per SAE) against ``over``."""
     for name, (label, colour, marker) in LOOK.items():
-        rows = [(case[over], case["contestants"][name]["median"] * 1e3 / (case["n_saes"] if divide else 1))
-                for case in measured if name in case["contestants"]]
+        rows = [
+            (case[over], case["contestants"][name]["median"] * 1e3 / (case["n_saes"] if divide else 1))
+            for case in measured
+            if name in case["contestants"]
+        ]
         if rows:
-            axes.plot(*zip(*rows), color=colour, marker=marker, label=label, markeredgecolor="white", markeredgewidth=0.4)
+            axes.plot(
+                *zip(*rows),
+                color=colour,
+                marker=marker,
+                label=label,
+                markeredgecolor="white",
+                markeredgewidth=0.4,
+            )
     ticks = [case[over] for case in measured]
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -59,7 +81,9 @@ def growth(axes: Axes, measured: list[Case], over: str, divide: bool) -> None:
 
 
 def make(result: dict[str, Any]) -> Figure:
-    steps, installed, widths, many = (cases_of(result, kind) for kind in ("step", "installed", "width", "many"))
+    steps, installed, widths, many = (
+        cases_of(result, kind) for kind in ("step", "installed", "width", "many")
+    )
     clean = [case for case in result["cases"] if case in steps + installed and not case["dead_share"]]
     with in_house_style():
         figure = plot_style.new_figure(DOUBLE, 4.9)
@@ -68,8 +92,13 @@ def make(result: dict[str, Any]) -> Figure:
             bars(grid[0, 0], steps, "times_floor")
             for place, case in enumerate(steps):
                 five = case["dense"]["five_gemms"]["median"] / case["dense"]["floor"]["median"]
-                grid[0, 0].plot([place - 0.4, place + 0.4], [five, five], color=MUTED, linestyle=":",
-                                label="five dense products" if place == 0 else None)
+                grid[0, 0].plot(
+                    [place - 0.4, place + 0.4],
+                    [five, five],
+                    color=MUTED,
+                    linestyle=":",
+                    label="five dense products" if place == 0 else None,
+                )
             grid[0, 0].set(title="a  time of a step", ylabel="encoder products")
             grid[0, 0].legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
             bars(grid[0, 1], clean, "peak_bytes", 2**-20, "log")
@@ -79,21 +108,36 @@ def make(result: dict[str, Any]) -> Figure:
             floors = [(case["d_sae"], case["dense"]["floor"]["median"] * 1e3) for case in widths]
             grid[1, 0].plot(*zip(*floors), color=MUTED, linestyle=":", label="encoder's product")
             first = widths[0]
-            grid[1, 0].set(title=f"c  width at d_in {first['d_in']}, k {first['k']}", xlabel="d_sae", ylabel="ms per step")
+            grid[1, 0].set(
+                title=f"c  width at d_in {first['d_in']}, k {first['k']}",
+                xlabel="d_sae",
+                ylabel="ms per step",
+            )
             grid[1, 0].set_ylim(top=20 * grid[1, 0].get_ylim()[1])
             grid[1, 0].legend(ncols=2, loc="upper left")
         if many:
             growth(grid[1, 1], many, "n_saes", divide=True)
-            grid[1, 1].set(title=f"d  SAEs on one stream, shape {many[0]['shape']}", xlabel="number of SAEs",
-                           ylabel="ms per step and SAE")
+            grid[1, 1].set(
+                title=f"d  SAEs on one stream, shape {many[0]['shape']}",
+                xlabel="number of SAEs",
+                ylabel="ms per step and SAE",
+            )
         for axes, shown in zip(grid.flat, (steps, steps, widths, many)):
             if not shown:
                 plot_style.missing(axes, "not measured")
         device = result["cases"][0]["device"] if result["cases"] else "cpu"
-        where = result["hardware"]["gpu"] if device == "cuda" else f"{result['hardware']['cpu']}, {result['threads']} threads"
+        where = (
+            result["hardware"]["gpu"]
+            if device == "cuda"
+            else f"{result['hardware']['cpu']}, {result['threads']} threads"
+        )
         n = min((case["timed_steps"] for case in result["cases"]), default=0)
-        return plot_style.finish(figure, about(result), "One training step of ours and of its peers, interleaved in one run.",
-                                 f"medians of at least {n} steps on {where}")
+        return plot_style.finish(
+            figure,
+            about(result),
+            "One training step of ours and of its peers, interleaved in one run.",
+            f"medians of at least {n} steps on {where}",
+        )
 
 
 def about(result: dict[str, Any]) -> SimpleNamespace:

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.cases import CORED, DENSE, DICTIONARY, OURS, PEERS, Case
-from dmsae_lib.artifacts import UserError
+from dmsae_lib.store.artifacts import UserError
 
 PEER_PYTHON = Path(".venv-bench/bin/python")
 DISTURBED = 1.25  # the floor's median over its fastest above this: the machine was not idle
@@ -27,8 +27,14 @@ class Worker:
 
     def __init__(self, contestant: str, case: Case, inputs: Path, device: str, root: Path):
         self.contestant = contestant
-        self.process = subprocess.Popen([interpreter(contestant, root), "-m", "benchmarks.worker"], cwd=root, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [interpreter(contestant, root), "-m", "benchmarks.worker"],
+            cwd=root,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self.send(case=asdict(case), contestant=contestant, inputs=str(inputs), device=device)
 
     def send(self, **order: Any) -> None:
@@ -57,7 +63,8 @@ class Worker:
 
 @contextlib.contextmanager
 def team(case: Case, inputs: Path, device: str, root: Path) -> Iterator[list[Worker]]:
-    """The contestants' workers, built and waiting; dictionary_learning is left out where its environment is missing."""
+    """The contestants' workers, built and waiting; dictionary_learning is left out where its environment is
+    missing."""
     names = [name for name in case.contestants if name != DICTIONARY or (root / PEER_PYTHON).exists()]
     workers: list[Worker] = []
     try:
@@ -87,8 +94,13 @@ def run_case(case: Case, inputs: Path, device: str, root: Path) -> dict[str, Any
     return record(case, device, seconds, summaries, time.perf_counter() - started)
 
 
-def record(case: Case, device: str, seconds: dict[str, dict[str, list[float]]], summaries: dict[str, dict[str, Any]],
-           took: float) -> dict[str, Any]:
+def record(
+    case: Case,
+    device: str,
+    seconds: dict[str, dict[str, list[float]]],
+    summaries: dict[str, dict[str, Any]],
+    took: float,
+) -> dict[str, Any]:
     """One case in figures; every ratio is one of medians."""
     shape = case.shape
     dense = {name: {"seconds": values, "median": median(values)} for name, values in seconds[DENSE].items()}
@@ -99,17 +111,35 @@ def record(case: Case, device: str, seconds: dict[str, dict[str, list[float]]], 
             continue
         values = seconds[name]["step"]
         middle = median(values)
-        rows[name] = {"seconds": values, "median": middle, "tokens_per_second": case.n_saes * shape.batch_size / middle,
-                      "times_floor": middle / (case.n_saes * floor), **summary}
+        rows[name] = {
+            "seconds": values,
+            "median": middle,
+            "tokens_per_second": case.n_saes * shape.batch_size / middle,
+            "times_floor": middle / (case.n_saes * floor),
+            **summary,
+        }
     ours = rows.get(OURS)
     return {
-        "name": case.name, "kind": case.kind, "shape": shape.name, "d_in": shape.d_in, "d_sae": shape.d_sae, "k": shape.k,
-        "batch_size": shape.batch_size, "prefixes": shape.widths, "n_saes": case.n_saes, "dead_share": case.dead,
-        "n_core_of_ours_core": shape.n_core if CORED in rows else None, "device": device,
+        "name": case.name,
+        "kind": case.kind,
+        "shape": shape.name,
+        "d_in": shape.d_in,
+        "d_sae": shape.d_sae,
+        "k": shape.k,
+        "batch_size": shape.batch_size,
+        "prefixes": shape.widths,
+        "n_saes": case.n_saes,
+        "dead_share": case.dead,
+        "n_core_of_ours_core": shape.n_core if CORED in rows else None,
+        "device": device,
         "dtype": "bfloat16 autocast" if shape.bf16 else "float32",
         "activations": "residuals of the embedded model" if shape.real else "synthetic, benchmarks/inputs.py",
-        "timed_steps": case.rounds * case.timed, "took": round(took, 1),
+        "timed_steps": case.rounds * case.timed,
+        "took": round(took, 1),
         "disturbed": floor > DISTURBED * min(dense["floor"]["seconds"]),
-        "contestants": rows, "dense": dense | {"floor_flops": shape.floor_flops},
-        "times_faster_than": {peer: rows[peer]["median"] / ours["median"] for peer in PEERS if ours and peer in rows},
-    }  # fmt: skip
+        "contestants": rows,
+        "dense": dense | {"floor_flops": shape.floor_flops},
+        "times_faster_than": {
+            peer: rows[peer]["median"] / ours["median"] for peer in PEERS if ours and peer in rows
+        },
+    }

@@ -1,4 +1,5 @@
-"""`make bench`: measure the cases that are asked for, then put all that are measured into bench.json and its figure.
+"""`make bench`: measure the cases that are asked for, then put all that are measured into bench.json and its
+figure.
 
     python -m benchmarks.run                       every case (on a GPU: the paper's shape)
     python -m benchmarks.run --case S-clean S-dead  these alone; the others stay as they were measured last
@@ -14,9 +15,9 @@ from typing import Any
 
 from benchmarks import cases, figure, inputs, measure
 from benchmarks.cases import DICTIONARY, OURS, PEERS, Case
-from dmsae_lib.artifacts import UserError, repository_root, write_json
-from dmsae_lib.provenance import hardware, provenance
-from dmsae_lib.runtime import prepare
+from dmsae_lib.store.artifacts import UserError, repository_root, write_json
+from dmsae_lib.store.process import prepare
+from dmsae_lib.store.provenance import hardware, provenance
 
 SCHEMA = 1
 GOALS = {"S": 4.0, "M": 4.0, "L": 5.0}  # times faster than the faster peer, with and without dead latents
@@ -32,16 +33,37 @@ def goals(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if case["kind"] not in ("step", "installed") or case["shape"] not in GOALS or len(peers) < len(PEERS):
             continue
         ratio = min(case["times_faster_than"].values())
-        found.append({"case": case["name"], "goal": "times faster than the faster peer", "wanted": GOALS[case["shape"]],
-                      "reached": ratio, "met": ratio >= GOALS[case["shape"]]})
+        found.append(
+            {
+                "case": case["name"],
+                "goal": "times faster than the faster peer",
+                "wanted": GOALS[case["shape"]],
+                "reached": ratio,
+                "met": ratio >= GOALS[case["shape"]],
+            }
+        )
         if case["name"] == FLOOR_GOAL[0]:
             ratio = rows[OURS]["times_floor"]
-            found.append({"case": case["name"], "goal": "at most this many times the floor", "wanted": FLOOR_GOAL[1],
-                          "reached": ratio, "met": ratio <= FLOOR_GOAL[1]})
+            found.append(
+                {
+                    "case": case["name"],
+                    "goal": "at most this many times the floor",
+                    "wanted": FLOOR_GOAL[1],
+                    "reached": ratio,
+                    "met": ratio <= FLOOR_GOAL[1],
+                }
+            )
         if all(row["peak_bytes"] is not None for row in (rows[OURS], *peers)):
             ratio = rows[OURS]["peak_bytes"] / min(row["peak_bytes"] for row in peers)
-            found.append({"case": case["name"], "goal": "peak memory over the leaner peer's, at most", "wanted": 1.0,
-                          "reached": ratio, "met": ratio <= 1.0})
+            found.append(
+                {
+                    "case": case["name"],
+                    "goal": "peak memory over the leaner peer's, at most",
+                    "wanted": 1.0,
+                    "reached": ratio,
+                    "met": ratio <= 1.0,
+                }
+            )
     return found
 
 
@@ -51,7 +73,9 @@ def collect(work: Path, order: list[Case]) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
-def bench(order: list[Case], wanted: list[str], device: str, work: Path, out: Path, report=print) -> dict[str, Any]:
+def bench(
+    order: list[Case], wanted: list[str], device: str, work: Path, out: Path, report=print
+) -> dict[str, Any]:
     """Measure the cases ``wanted`` out of ``order``, then write ``out``/bench.json and the figure."""
     root = repository_root()
     prepare(cases.THREADS)
@@ -74,12 +98,20 @@ def bench(order: list[Case], wanted: list[str], device: str, work: Path, out: Pa
 
 def result(measured: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of bench.json."""
-    return {"schema": SCHEMA, "threads": cases.THREADS, "hardware": hardware(), "goals": goals(measured), "cases": measured}
+    return {
+        "schema": SCHEMA,
+        "threads": cases.THREADS,
+        "hardware": hardware(),
+        "goals": goals(measured),
+        "cases": measured,
+    }
 
 
 def line(measured: dict[str, Any]) -> str:
-    parts = [f"{name} {row['median'] * 1e3:.1f} ms = {row['times_floor']:.1f} x floor"
-             for name, row in measured["contestants"].items()]
+    parts = [
+        f"{name} {row['median'] * 1e3:.1f} ms = {row['times_floor']:.1f} x floor"
+        for name, row in measured["contestants"].items()
+    ]
     warning = "; NOT IDLE: the floor varied, measure again" if measured["disturbed"] else ""
     return f"{measured['name']}: {'; '.join(parts)} ({measured['took']:.0f} s{warning})"
 
@@ -87,15 +119,23 @@ def line(measured: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", nargs="+", default=[], help="measure these alone")
-    parser.add_argument("--prepare", action="store_true", help="make the activations and weights only, which takes minutes")
+    parser.add_argument(
+        "--prepare", action="store_true", help="make the activations and weights only, which takes minutes"
+    )
     parser.add_argument("--figure", action="store_true", help="draw the figure from bench.json")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: tries every path, measures nothing of use")
+    parser.add_argument(
+        "--quick", action="store_true", help="toy sizes: tries every path, measures nothing of use"
+    )
     parser.add_argument("--out", type=Path, help="folder of bench.json; default results/bench")
     chosen = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() and not chosen.quick else "cpu"
-    order = cases.quick_cases() if chosen.quick else cases.cpu_cases() if device == "cpu" else cases.cuda_cases()
+    order = (
+        cases.quick_cases() if chosen.quick else cases.cpu_cases() if device == "cpu" else cases.cuda_cases()
+    )
     work = repository_root() / "runs" / ("bench-quick" if chosen.quick else "bench")
     out = chosen.out or (work if chosen.quick else repository_root() / "results" / "bench")
     if chosen.figure:

@@ -1,7 +1,7 @@
 """One contestant in a process of its own, which steps when it is its turn and otherwise blocks on a pipe.
 
-Reads a line of JSON per order on stdin and answers each with one on stdout. A process each gives every contestant its
-own environment, allocator and peak memory; between turns none of them runs.
+Reads a line of JSON per order on stdin and answers each with one on stdout. A process each gives every
+contestant its own environment, allocator and peak memory; between turns none of them runs.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import cases, contestants, inputs
 from benchmarks.cases import Case, Shape
-from dmsae_lib import runtime
+from dmsae_lib.store import process as runtime
 
 
 def resident(field: str) -> int | None:
@@ -41,7 +41,8 @@ class Memory:
             self.before = torch.cuda.memory_allocated()
             return
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory freed before counts as there and is used again unseen
+            # else memory freed before counts as there and is used again unseen
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.before = resident("VmRSS")
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here (proc(5))
@@ -57,14 +58,18 @@ class Memory:
 class Worker:
     def __init__(self, name: str, case: Case, path: Path, device: str):
         if name in (cases.OURS, cases.CORED, cases.SPARSE, cases.MATRICES):
-            runtime.prepare(cases.THREADS)  # what every notebook of ours calls, deterministic kernels included
+            # what every notebook of ours calls, deterministic kernels included
+            runtime.prepare(cases.THREADS)
         else:
             if case.kind != "installed":
-                runtime.keep_freed_memory()  # as prepare does: faster for the peers as well, at the price of memory
+                # as prepare does: faster for the peers as well, at the price of memory
+                runtime.keep_freed_memory()
             torch.set_num_threads(cases.THREADS)
         self.inputs, dead = inputs.load(path, case.shape, case.dead, device)
         self.device, self.taken = device, 0
-        torch.mm(self.inputs["x"][0], self.inputs["x"][0].T)  # the libraries' own start-up is no contestant's memory
+        torch.mm(
+            self.inputs["x"][0], self.inputs["x"][0].T
+        )  # the libraries' own start-up is no contestant's memory
         if name == cases.DENSE:
             self.work = contestants.dense_work(case, self.inputs)
             self.contestant = None
@@ -82,7 +87,7 @@ class Worker:
         elif name == cases.DICTIONARY:
             import dictionary_learning.trainers.matryoshka_batch_top_k  # noqa: F401
         else:
-            import dmsae_lib.training  # noqa: F401
+            import dmsae_lib.sae.training  # noqa: F401
 
     def clock(self) -> float:
         if self.device == "cuda":
@@ -111,8 +116,12 @@ class Worker:
     def summary(self) -> dict[str, Any]:
         if self.contestant is None:
             return {}
-        return {"first_loss": self.first_loss, "dead": self.contestant.dead(), "peak_bytes": self.memory.peak(),
-                "torch": torch.__version__}
+        return {
+            "first_loss": self.first_loss,
+            "dead": self.contestant.dead(),
+            "peak_bytes": self.memory.peak(),
+            "torch": torch.__version__,
+        }
 
 
 def main() -> None:
@@ -124,7 +133,9 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        answer = worker.summary() if order["do"] == "summary" else worker.turn(order["untimed"], order["timed"])
+        answer = (
+            worker.summary() if order["do"] == "summary" else worker.turn(order["untimed"], order["timed"])
+        )
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -1,20 +1,18 @@
 """Distilled Matryoshka sparse autoencoders: the helper library that the notebooks call.
 
-Modules are stacked in floors and import only from floors below their own (a test holds them to it):
+A folder is a room, and a room uses only rooms below its own (a test holds every import to that):
 
-0. ``provenance``, ``atomic``, ``seeds``, ``layout``, ``house_style``
-1. ``artifacts``, ``runtime`` and ``settings``, then ``config``, which checks a YAML file read by ``config_file``
-2. ``text_files``, ``corpus``, ``model_checks``, ``language_model``, ``base_model`` and its reference ``ngram``
-3. ``activations``, ``prefetch``, ``sparsity``, ``sae``, ``workers``
-4. ``entries`` (products with sparse activations), ``reference`` (the plain training step), ``attribution``, ``evaluation``,
-   ``examples``
-5. ``gradients`` (the training step), ``core``, ``interop`` and its parts (the formats of other libraries)
-6. ``training``, ``arms`` (the control cores), ``identity`` (of cores across chains), ``core_format``, ``saebench`` and its parts
-7. ``fit`` (train, calibrate, measure, write SAEs)
-8. ``verdicts``, ``equal_l0``, ``regime``, ``claims``, ``scores``, ``reviewers``, ``agreement``, ``summary``, ``results``,
-   ``plots`` and its parts, ``sizing`` and its stages, ``readme``, ``hub``
-
-``plan``, ``run_notebook``, ``run_lock`` and ``manage`` stand behind the Makefile.
+9. ``command``    what the Makefile calls: the plan, running a notebook, managing a run
+8. ``figures``    pictures, from results alone
+7. ``report``     from numbers to claims, tables and pages
+6. ``distill``    the paper's loop: attribution, the core, its controls, fitting SAEs, measuring them
+   ``saebench``   the sae_bench package on our SAEs
+5. ``interop``    SAEs from and for other libraries
+4. ``sae``        the SAE with a core and its training step: the page to read first is ``sae.step``
+   ``embedded``   how the embedded language model was made
+3. ``data``       text, tokens, the language model, residuals
+2. ``config``     what a run is and where it lies
+1. ``store``      folders that are written whole or not at all, provenance, random streams, the process
 
 Importing the package itself imports nothing heavy.
 """

@@ -1,4 +1,5 @@
-"""A copy of the repository's machinery in a folder with a space, without git history, around a toy configuration."""
+"""A copy of the repository's machinery in a folder with a space, without git history, around a toy
+configuration."""
 
 import os
 import re
@@ -12,20 +13,34 @@ import nbformat
 import yaml
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = ("01_harvest", "02_train_cycle", "03_attribute", "04_distill", "05_retrain_across_k", "06_saebench",
-             "07_figures", "09_learning_rate")  # fmt: skip
+NOTEBOOKS = (
+    "01_harvest",
+    "02_train_cycle",
+    "03_attribute",
+    "04_distill",
+    "05_retrain_across_k",
+    "06_saebench",
+    "07_figures",
+    "09_learning_rate",
+)
 PARAMETERS = """config = "toy"  # a name
 run = ""
 overrides = []  # e.g. ["seed=1"]"""
 TOY = {
     "model": {"name": "toy", "hook_name": "blocks.0.hook_resid_post", "context_size": 16},
-    "data": {"source": "embedded", "train_tokens": 1000, "select_tokens": 100, "test_tokens": 100, "fresh_factor": 3},
+    "data": {
+        "source": "embedded",
+        "train_tokens": 1000,
+        "select_tokens": 100,
+        "test_tokens": 100,
+        "fresh_factor": 3,
+    },
     "sae": {"d_sae": 64, "prefixes": [8, 16, 32]},
     "training": {"k": 8, "batch_size": 100, "lr": 0.001},
     "distill": {"cycles": 1},
     "retrain": {"ks": [4, 8], "seeds": [0]},
     "learning_rate_sweep": [1.0],
-}  # fmt: skip
+}
 
 
 def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> None:
@@ -47,7 +62,9 @@ def make_clone(folder: Path) -> Path:
     folder.mkdir(parents=True)
     for name in ("Makefile", "setup.sh", "pyproject.toml", "requirements.lock"):
         shutil.copy2(ROOT / name, folder)
-    shutil.copytree(ROOT / "dmsae_lib", folder / "dmsae_lib", ignore=shutil.ignore_patterns("__pycache__", "embedded"))
+    shutil.copytree(
+        ROOT / "dmsae_lib", folder / "dmsae_lib", ignore=shutil.ignore_patterns("__pycache__", "embedded")
+    )
     (folder / "configs").mkdir()
     (folder / "configs" / "toy.yaml").write_text(yaml.safe_dump(TOY))
     for name in NOTEBOOKS:
@@ -58,9 +75,13 @@ def make_clone(folder: Path) -> Path:
 
 def make(clone: Path, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """``make CONFIG=toy PY=./python words`` in the clone."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "PYTHONPATH"))}
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "PYTHONPATH"))
+    }
     command = ["make", "CONFIG=toy", "PY=./python", *words]
-    return subprocess.run(command, cwd=clone, env=inherited | (environment or {}), capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=clone, env=inherited | (environment or {}), capture_output=True, text=True
+    )
 
 
 def planned(clone: Path, *words: str) -> list[str]:

@@ -15,37 +15,51 @@ CONTEXT = 16
 @pytest.fixture(scope="session")
 def one_thread():
     """The settings that every notebook makes first, with one thread: what the bit-equality tests rest on."""
-    from dmsae_lib.runtime import prepare
+    from dmsae_lib.store.process import prepare
 
     prepare(threads=1)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(one_thread, tmp_path_factory):
-    """A random two-layer Llama of width 32, loaded through the project's own door and split after its first block."""
+    """A random two-layer Llama of width 32, loaded through the project's own door and split after its first
+    block."""
     from tiny_models import save_model
 
-    from dmsae_lib.language_model import LanguageModel
-    from dmsae_lib.settings import ModelConfig
+    from dmsae_lib.config.sections import ModelConfig
+    from dmsae_lib.data.language_model import LanguageModel
 
     folder = save_model(tmp_path_factory.mktemp("tiny") / "tiny llama", context=CONTEXT, confidence=4.0)
-    return LanguageModel(ModelConfig(name=str(folder), hook_name="blocks.0.hook_resid_post", context_size=CONTEXT,
-                                     batch_rows=8))  # fmt: skip
+    return LanguageModel(
+        ModelConfig(
+            name=str(folder), hook_name="blocks.0.hook_resid_post", context_size=CONTEXT, batch_rows=8
+        )
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny_gemma2(one_thread, tmp_path_factory):
-    """A random Gemma-2 of three layers, split after its second: grouped queries, a sliding window of 8, and soft caps
-    that are so low, for weights so large, that both bend the logits."""
+    """A random Gemma-2 of three layers, split after its second: grouped queries, a sliding window of 8, and
+    soft caps that are so low, for weights so large, that both bend the logits."""
     from tiny_models import save_model
 
-    from dmsae_lib.language_model import LanguageModel
-    from dmsae_lib.settings import ModelConfig
+    from dmsae_lib.config.sections import ModelConfig
+    from dmsae_lib.data.language_model import LanguageModel
 
-    folder = save_model(tmp_path_factory.mktemp("tiny") / "tiny gemma", "gemma2", layers=3, context=CONTEXT,
-                        initializer_range=0.3, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)  # fmt: skip
-    return LanguageModel(ModelConfig(name=str(folder), hook_name="blocks.1.hook_resid_post", context_size=CONTEXT,
-                                     batch_rows=8))  # fmt: skip
+    folder = save_model(
+        tmp_path_factory.mktemp("tiny") / "tiny gemma",
+        "gemma2",
+        layers=3,
+        context=CONTEXT,
+        initializer_range=0.3,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    )
+    return LanguageModel(
+        ModelConfig(
+            name=str(folder), hook_name="blocks.1.hook_resid_post", context_size=CONTEXT, batch_rows=8
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +119,10 @@ def no_network_nor_sweeping(monkeypatch, tmp_path_factory):
     def refuse(*_):
         raise OSError("no network in this test")
 
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # sae_bench calls it all the time, a third of a second each
+    # sae_bench calls it all the time, a third of a second each
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets cache"))
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets cache")
+    )

@@ -1,7 +1,9 @@
-"""Synthetic runs with known answers, for the tests of the summary, the claims and the figures. No number is a result.
+"""Synthetic runs with known answers, for the tests of the summary, the claims and the figures. No number is a
+result.
 
-Scores of the baseline are exactly linear in log L0, and every other arm lies a known EFFECT in nats away from it, plus JITTER
-times (seed - 1) and times the chain's place: so paired differences at measured L0, their means and their intervals are known.
+Scores of the baseline are exactly linear in log L0, and every other arm lies a known EFFECT in nats away from
+it, plus JITTER times (seed - 1) and times the chain's place: so paired differences at measured L0, their
+means and their intervals are known.
 """
 
 import math
@@ -10,38 +12,69 @@ from pathlib import Path
 
 import torch
 
-from dmsae_lib.artifacts import load, write, write_json
-from dmsae_lib.config import Run, RunConfig
+from dmsae_lib.config import RunConfig
+from dmsae_lib.config.run import Run
+from dmsae_lib.config.sections import LONGER, NEW_ROWS, OF_LATENTS, UNFROZEN
+from dmsae_lib.report.summary import write_summary
 from dmsae_lib.saebench import Task
-from dmsae_lib.settings import LONGER, NEW_ROWS, OF_LATENTS, UNFROZEN
-from dmsae_lib.summary import write_summary
+from dmsae_lib.store.artifacts import load, write, write_json
 
 SIZES = [28, 52, 71, 85, 96, 105, 110, 112]
 CORE_L0 = [0, 12, 23, 32, 38, 43, 46, 49]
-ORIGINS = [[28], [27, 25], [26, 24, 21], [25, 23, 22, 15], [25, 22, 22, 14, 13], [24, 22, 22, 14, 12, 11],
-           [24, 21, 22, 13, 12, 11, 7], [23, 20, 23, 13, 12, 10, 7, 4]]
+ORIGINS = [
+    [28],
+    [27, 25],
+    [26, 24, 21],
+    [25, 23, 22, 15],
+    [25, 22, 22, 14, 13],
+    [24, 22, 22, 14, 12, 11],
+    [24, 21, 22, 13, 12, 11, 7],
+    [23, 20, 23, 13, 12, 10, 7, 4],
+]
 M_0 = 32
-EFFECT = {"none": 0.0, "distilled": 0.012, "random": 0.020, "most_frequent": 0.014, "random_directions": 0.022,
-          "data_points": 0.018, "pca": 0.017, "rotated": 0.016, "random_outside": 0.021, "warm_start": 0.008, "cold_start": 0.009,
-          "longer_repeated": -0.002, "longer_fresh": -0.003}
+EFFECT = {
+    "none": 0.0,
+    "distilled": 0.012,
+    "random": 0.020,
+    "most_frequent": 0.014,
+    "random_directions": 0.022,
+    "data_points": 0.018,
+    "pca": 0.017,
+    "rotated": 0.016,
+    "random_outside": 0.021,
+    "warm_start": 0.008,
+    "cold_start": 0.009,
+    "longer_repeated": -0.002,
+    "longer_fresh": -0.003,
+}
 JITTER = 0.001  # of the controls a tenth more than of the distilled core
 CLEAN, ZERO, MEAN = 4.5, 8.0, 7.0  # nats per token
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 CONTROLS = {"random": 3} | dict.fromkeys(
-    ("random_outside", "most_frequent", *NEW_ROWS, *UNFROZEN, *LONGER), 1)
+    ("random_outside", "most_frequent", *NEW_ROWS, *UNFROZEN, *LONGER), 1
+)
 ROWS = {"rank": 30.0, "norm": 1.2, "norm_min": 0.5, "norm_max": 2.0}  # of any core
 NO_CORE = ("none", *UNFROZEN, *LONGER)
 
 
 def config(cycles: int = 7, ks=(24, 32, 48, 64, 80, 96), seeds=(0, 1, 2), controls=CONTROLS) -> RunConfig:
-    return RunConfig.model_validate({
-        "name": "synthetic", "model": {"name": "toy", "hook_name": "blocks.1.hook_resid_post", "context_size": 128},
-        "data": {"source": "embedded", "train_tokens": 300_000, "select_tokens": 1000, "test_tokens": 1000,
-                 "fresh_factor": cycles + 1},
-        "sae": {"d_sae": 1024, "prefixes": [M_0, 96, 224, 480]},
-        "training": {"k": 64, "batch_size": 1024, "lr": 1e-3},
-        "distill": {"cycles": cycles, "placebos": ["random_directions"]},
-        "retrain": {"ks": list(ks), "seeds": list(seeds), "controls": dict(controls)}})
+    return RunConfig.model_validate(
+        {
+            "name": "synthetic",
+            "model": {"name": "toy", "hook_name": "blocks.1.hook_resid_post", "context_size": 128},
+            "data": {
+                "source": "embedded",
+                "train_tokens": 300_000,
+                "select_tokens": 1000,
+                "test_tokens": 1000,
+                "fresh_factor": cycles + 1,
+            },
+            "sae": {"d_sae": 1024, "prefixes": [M_0, 96, 224, 480]},
+            "training": {"k": 64, "batch_size": 1024, "lr": 1e-3},
+            "distill": {"cycles": cycles, "placebos": ["random_directions"]},
+            "retrain": {"ks": list(ks), "seeds": list(seeds), "controls": dict(controls)},
+        }
+    )
 
 
 def place(run: Run, chain: str) -> int:
@@ -68,13 +101,27 @@ def probe(arm: str, l0: float, k: int) -> float:
 
 def history(cycle: int) -> list[dict]:
     steps = range(0, 293, 4)
-    return [{"step": s, "tokens": s * 1024, "loss": 1.0, "fvu": 0.9 * math.exp(-s / 40) + 0.13 + 0.01 * cycle,
-             "aux": 0.1, "L0_core": CORE_L0[cycle] * (1 - math.exp(-s / 20)), "L0_non_core": 64 - CORE_L0[cycle],
-             "L0_total": 64, "dead": max(0, 200 - s), "threshold": 0.1, "lr": 1e-3} for s in steps]
+    return [
+        {
+            "step": s,
+            "tokens": s * 1024,
+            "loss": 1.0,
+            "fvu": 0.9 * math.exp(-s / 40) + 0.13 + 0.01 * cycle,
+            "aux": 0.1,
+            "L0_core": CORE_L0[cycle] * (1 - math.exp(-s / 20)),
+            "L0_non_core": 64 - CORE_L0[cycle],
+            "L0_total": 64,
+            "dead": max(0, 200 - s),
+            "threshold": 0.1,
+            "lr": 1e-3,
+        }
+        for s in steps
+    ]
 
 
 def origins(run: Run, cycle: int, chain: str) -> list[int]:
-    """Core latents by cycle of origin; each further chain finds one more new latent in every cycle than the one before."""
+    """Core latents by cycle of origin; each further chain finds one more new latent in every cycle than the
+    one before."""
     *old, new = ORIGINS[cycle]
     return [*old, new + place(run, run.config.trains(chain, cycle))]
 
@@ -82,9 +129,19 @@ def origins(run: Run, cycle: int, chain: str) -> list[int]:
 def latents(counts: list[int]) -> list[dict]:
     cycle = len(counts) - 1
     found = [(origin, n) for origin, count in enumerate(counts) for n in range(count)]
-    return [{"id": f"c{origin}:{n}", "first_cycle": origin, "first_index": n, "index": i,
-             "selected": list(range(origin, cycle + 1)), "score": 1 / (i + 1), "share": 1 / len(found),
-             "frequency": 0.2 + 0.6 * i / len(found)} for i, (origin, n) in enumerate(found)]
+    return [
+        {
+            "id": f"c{origin}:{n}",
+            "first_cycle": origin,
+            "first_index": n,
+            "index": i,
+            "selected": list(range(origin, cycle + 1)),
+            "score": 1 / (i + 1),
+            "share": 1 / len(found),
+            "frequency": 0.2 + 0.6 * i / len(found),
+        }
+        for i, (origin, n) in enumerate(found)
+    ]
 
 
 def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
@@ -96,33 +153,69 @@ def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
     parent = hash_of(*before)
     parents = {"harvest": hash_of(run.folder / "harvest", "harvest"), before[1]: parent}
     with write(run.cycle(cycle, "sae", chain), "sae", parents) as sae:
-        sae.json("metrics.json", {"cycle": cycle, "core_in": core_in, "prefixes": [M_0, 96, 224, 480, 1024 - core_in],
-                                  "L0": l0, "dead": 3, "rare": 0.05, "fvu": fvus, "core_rows": ROWS if cycle else None,
-                                  "tokens_tested": 1000,
-                                  "loss_increase": {"prefix0": 0.49 - 0.035 * cycle, "full": 0.07},
-                                  "loss_recovered": {"prefix0": 0.86 + cycle / 100, "full": 0.98}})
+        sae.json(
+            "metrics.json",
+            {
+                "cycle": cycle,
+                "core_in": core_in,
+                "prefixes": [M_0, 96, 224, 480, 1024 - core_in],
+                "L0": l0,
+                "dead": 3,
+                "rare": 0.05,
+                "fvu": fvus,
+                "core_rows": ROWS if cycle else None,
+                "tokens_tested": 1000,
+                "loss_increase": {"prefix0": 0.49 - 0.035 * cycle, "full": 0.07},
+                "loss_recovered": {"prefix0": 0.86 + cycle / 100, "full": 0.98},
+            },
+        )
         sae.csv("history.csv", history(cycle))
     parents = {"sae": hash_of(run.cycle(cycle, "sae", chain), "sae")}
     sizes = {"mean_abs": size, "abs_mean": size // 2, "quantile": size - 3, "frequency": size + 9}
     chosen = {"core_in": core_in, "selected": size, "frequency": 0.2}
-    null = chosen | {"kept": 2 + offset, "rows": list(range(2 + offset)), "rank": 20.0, "L0_core": 3.0, "loss_increase": 0.09}
-    placebos = {kind: null
-                for kind in (run.config.for_chain(chain).distill.placebos if cycle else ())}
+    null = chosen | {
+        "kept": 2 + offset,
+        "rows": list(range(2 + offset)),
+        "rank": 20.0,
+        "L0_core": 3.0,
+        "loss_increase": 0.09,
+    }
+    placebos = {kind: null for kind in (run.config.for_chain(chain).distill.placebos if cycle else ())}
     with write(run.cycle(cycle, "attribution", chain), "attribution", parents) as attribution:
-        attribution.json("record.json", {
-            "cycle": cycle, "tokens": 1000, "candidates": core_in + M_0, "stability": {"spearman": 0.97, "jaccard": 0.93},
-            "aggregators": {name: {"size": n, "jaccard": 0.8, "spearman": 0.9} for name, n in sizes.items()},
-            "core": chosen | {"kept": kept}, "placebos": placebos})
+        attribution.json(
+            "record.json",
+            {
+                "cycle": cycle,
+                "tokens": 1000,
+                "candidates": core_in + M_0,
+                "stability": {"spearman": 0.97, "jaccard": 0.93},
+                "aggregators": {
+                    name: {"size": n, "jaccard": 0.8, "spearman": 0.9} for name, n in sizes.items()
+                },
+                "core": chosen | {"kept": kept},
+                "placebos": placebos,
+            },
+        )
         attribution.csv("table.csv", [{"index": i, "frequency": 0.05} for i in range(core_in + M_0)])
     parents |= {"attribution": hash_of(run.cycle(cycle, "attribution", chain), "attribution")}
     with write(run.cycle(cycle, "core", chain), "core", parents) as core:
-        core.json("core.json", {"cycle": cycle, "size": size, "kept": kept, "parent": parent if cycle else None,
-                                "latents": latents(counts), "origins": {str(o): n for o, n in enumerate(counts)}})
+        core.json(
+            "core.json",
+            {
+                "cycle": cycle,
+                "size": size,
+                "kept": kept,
+                "parent": parent if cycle else None,
+                "latents": latents(counts),
+                "origins": {str(o): n for o, n in enumerate(counts)},
+            },
+        )
         core.tensors("core.safetensors", {"W_enc": torch.ones(128, size)})
 
 
 def core_frequency(arm: str, k: int, offset: int) -> list[float]:
-    """Firing frequencies of 108 latents: the distilled ones' correlate above .9 with those at another k, the others' hardly."""
+    """Firing frequencies of 108 latents: the distilled ones' correlate above .9 with those at another k, the
+    others' hardly."""
     stable, turning = (1.0, 0.1 + 0.02 * offset) if arm == "distilled" else (0.01 * (offset + 1), 0.3)
     return [0.5 + 0.1 * (stable * math.sin(i) + turning * math.sin(i * k)) for i in range(108)]
 
@@ -135,14 +228,21 @@ def write_retrained(run: Run, k: int, arm: str, seed: int, chain: str = "main") 
     unbound = core_l0 >= k
     total = core_l0 + 1.0 if unbound else k * (1 + 0.005 * (seed - 1))
     increase, frequency = loss_increase(arm, total, seed, offset), core_frequency(arm, k, offset)
-    metrics = {"core_size": 108 if has_core else 0, "overlap": 0.3 if arm in CONTROLS and has_core else None,
-               "L0": {"core": core_l0, "non_core": total - core_l0, "total": total}, "unbound": unbound,
-               "fvu": {"full": fvu(arm, total)}, "loss_increase": {"full": increase, "prefix0": 5 * increase},
-               "loss_recovered": {"full": loss_recovered(arm, total, seed, offset)},
-               "loss_recovered_mean": 1 - increase / (MEAN - CLEAN), "dead": 500 if unbound else 2, "rare": 0.05,
-               "core_rows": ROWS if has_core else None,
-               "core_frequency": {"mean": 0.5, "max": max(frequency), "values": frequency} if has_core else None,
-               "tokens": 300_000 * (run.config.distill.cycles + 1 if arm.startswith("longer") else 1)}
+    metrics = {
+        "core_size": 108 if has_core else 0,
+        "overlap": 0.3 if arm in CONTROLS and has_core else None,
+        "L0": {"core": core_l0, "non_core": total - core_l0, "total": total},
+        "unbound": unbound,
+        "fvu": {"full": fvu(arm, total)},
+        "loss_increase": {"full": increase, "prefix0": 5 * increase},
+        "loss_recovered": {"full": loss_recovered(arm, total, seed, offset)},
+        "loss_recovered_mean": 1 - increase / (MEAN - CLEAN),
+        "dead": 500 if unbound else 2,
+        "rare": 0.05,
+        "core_rows": ROWS if has_core else None,
+        "core_frequency": {"mean": 0.5, "max": max(frequency), "values": frequency} if has_core else None,
+        "tokens": 300_000 * (run.config.distill.cycles + 1 if arm.startswith("longer") else 1),
+    }
     harvest = {"harvest": hash_of(run.folder / "harvest", "harvest")}
     with write(run.retrained(k, arm, seed, chain), "sae", harvest) as sae:
         sae.json("metrics.json", metrics)
@@ -151,8 +251,13 @@ def write_retrained(run: Run, k: int, arm: str, seed: int, chain: str = "main") 
         return
     parents = {"sae": hash_of(run.retrained(k, arm, seed), "sae")}
     top = {f"probe_top{n}": probe(arm, total, n) + 0.004 * (seed - 1) * (arm != "none") for n in (1, 5)}
-    core = {"ce_loss_score": loss_recovered(arm, total, seed) - 0.001, "ce_loss_with_sae": 4.6, "explained_variance": 1.004,
-            "explained_variance_legacy": 1 - fvu(arm, total), "l0": total}
+    core = {
+        "ce_loss_score": loss_recovered(arm, total, seed) - 0.001,
+        "ce_loss_with_sae": 4.6,
+        "explained_variance": 1.004,
+        "explained_variance_legacy": 1 - fvu(arm, total),
+        "l0": total,
+    }
     for name, metrics in (("core", core), ("sparse_probing", top)):
         write_scores(run, Task(k, arm, seed, name, 0), {"metrics": metrics}, parents)
 
@@ -164,8 +269,8 @@ def write_scores(run: Run, task: Task, result: dict, parents: dict[str, str] | N
 
 
 def write_index(run: Run, chain: str) -> None:
-    """retrain/index: how often core latents fired before, and the main chain's curves of the first seed's SAEs without and with
-    the distilled core."""
+    """retrain/index: how often core latents fired before, and the main chain's curves of the first seed's
+    SAEs without and with the distilled core."""
     rows = []
     retrain = run.config.retrain
     for at, arm, seed in [(k, *pair) for k in retrain.ks for pair in run.config.retrain_arms(k, chain)]:
@@ -176,8 +281,11 @@ def write_index(run: Run, chain: str) -> None:
             curve = [[c, round(candidates * c ** (2 - at / 200))] for c in COVERAGES]
             row |= {"coverage_curve": curve, "candidates": candidates}
         rows.append(row)
-    saes = {f"k{k}/{arm}-seed{seed}": hash_of(run.retrained(k, arm, seed, chain), "sae")
-            for k in retrain.ks for arm, seed in run.config.retrain_arms(k, chain)}
+    saes = {
+        f"k{k}/{arm}-seed{seed}": hash_of(run.retrained(k, arm, seed, chain), "sae")
+        for k in retrain.ks
+        for arm, seed in run.config.retrain_arms(k, chain)
+    }
     with write(run.base(chain) / "retrain" / "index", "retrain_index", saes) as index:
         index.json("index.json", {"rows": rows})
 
@@ -191,11 +299,27 @@ def build_run(root: Path, resolved: RunConfig | None = None, scored: bool = True
     resolved = resolved or config()
     run = Run(resolved, resolved.name, root)
     with write(run.folder / "harvest", "harvest") as harvest:
-        harvest.json("record.json", {"scale": 1.5, "clean_loss": CLEAN, "zero_loss": ZERO, "mean_loss": MEAN,
-                                     "outliers_dropped": 3, "harvested": 297, "n_tokens": {"test": 1000},
-                                     "model": {"name": "toy", "hash": "a" * 64, "d_model": 128, "n_layers": 4,
-                                               "architecture": "Toy", "hook_name": resolved.model.hook_name},
-                                     "data": {"source": "embedded", "hash": "d" * 64}})
+        harvest.json(
+            "record.json",
+            {
+                "scale": 1.5,
+                "clean_loss": CLEAN,
+                "zero_loss": ZERO,
+                "mean_loss": MEAN,
+                "outliers_dropped": 3,
+                "harvested": 297,
+                "n_tokens": {"test": 1000},
+                "model": {
+                    "name": "toy",
+                    "hash": "a" * 64,
+                    "d_model": 128,
+                    "n_layers": 4,
+                    "architecture": "Toy",
+                    "hook_name": resolved.model.hook_name,
+                },
+                "data": {"source": "embedded", "hash": "d" * 64},
+            },
+        )
     for chain in ("main", *(chain.name for chain in resolved.distill.chains)):
         for cycle in range(resolved.distill.cycles + 1):
             if resolved.trains(chain, cycle) == chain:
@@ -209,8 +333,13 @@ def build_run(root: Path, resolved: RunConfig | None = None, scored: bool = True
         accuracies = {name: {"accuracy": value} for name, value in (("dense", 0.93), ("best_channel", 0.72))}
         with write(run.folder / "saebench" / "baselines", "probing_baselines") as baselines:
             poor = {name: {"accuracy": 0.55} for name in accuracies}  # dropped: a dense probe cannot do it
-            baselines.json("probing.json", {name: row | {"majority": 0.5}
-                                            for name, row in (("a", accuracies), ("b", accuracies), ("c", poor))})
+            baselines.json(
+                "probing.json",
+                {
+                    name: row | {"majority": 0.5}
+                    for name, row in (("a", accuracies), ("b", accuracies), ("c", poor))
+                },
+            )
     else:
         shutil.rmtree(run.folder / "saebench")
     return run
@@ -221,7 +350,11 @@ def publish(run: Run, base_model: bool = True) -> Path:
     folder = run.root / "results" / run.config.name
     shutil.copytree(write_summary(run), folder)
     if base_model:
-        write_json(run.root / "results" / "base_model" / "base_model.json",
-                   {"nats_per_token": {"model": 3.9, "trigram": 4.9, "unigram": 6.8},
-                    "bits_per_byte": {"model": 1.7, "trigram": 2.2, "unigram": 3.0}})
+        write_json(
+            run.root / "results" / "base_model" / "base_model.json",
+            {
+                "nats_per_token": {"model": 3.9, "trigram": 4.9, "unigram": 6.8},
+                "bits_per_byte": {"model": 1.7, "trigram": 2.2, "unigram": 3.0},
+            },
+        )
     return folder

@@ -1,4 +1,5 @@
-"""What the operating system may refuse, for the length of a block: large files, and writing without permission."""
+"""What the operating system may refuse, for the length of a block: large files, and writing without
+permission."""
 
 import contextlib
 import ctypes
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-DAC_OVERRIDE, DAC_READ_SEARCH = 1, 2  # capabilities by which root passes over permissions (linux/capability.h)
+# capabilities by which root passes over permissions (linux/capability.h)
+DAC_OVERRIDE, DAC_READ_SEARCH = 1, 2
 
 
 @contextlib.contextmanager
@@ -28,7 +30,11 @@ class _Header(ctypes.Structure):
 
 
 class _Sets(ctypes.Structure):
-    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+    _fields_ = [
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    ]
 
 
 @contextlib.contextmanager

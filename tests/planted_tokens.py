@@ -1,13 +1,14 @@
-"""A tiny model whose residual stream says which of a few characters stands at a position, and SAEs that read it or not."""
+"""A tiny model whose residual stream says which of a few characters stands at a position, and SAEs that read
+it or not."""
 
 from pathlib import Path
 
 import torch
 from tiny_models import save_model
 
-from dmsae_lib.language_model import LanguageModel
-from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.settings import ModelConfig
+from dmsae_lib.config.sections import ModelConfig
+from dmsae_lib.data.language_model import LanguageModel
+from dmsae_lib.sae.model import MatryoshkaSAE
 
 PLANTED = "ABCDEFGHIJ"  # the i-th has channel i of the residual stream for itself
 NOISE = "MNOPQRSTUVWXYZ"
@@ -31,7 +32,9 @@ def planted_model(folder: Path, dtype: str = "float32", stir: float = 0.05) -> L
         for part in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
             part.weight.mul_(stir)
     model.save_pretrained(folder)
-    return LanguageModel(ModelConfig(name=str(folder), hook_name="blocks.0.hook_resid_post", context_size=CONTEXT, dtype=dtype))
+    return LanguageModel(
+        ModelConfig(name=str(folder), hook_name="blocks.0.hook_resid_post", context_size=CONTEXT, dtype=dtype)
+    )
 
 
 def reading_sae(d_in: int, channels: list[int]) -> MatryoshkaSAE:

@@ -1,4 +1,5 @@
-"""The benchmark: the contestants do the same work, from the same state, and what is written of it holds together."""
+"""The benchmark: the contestants do the same work, from the same state, and what is written of it holds
+together."""
 
 import json
 import sys
@@ -11,13 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cases, contestants, figure, inputs, measure, run
 from benchmarks.cases import CORED, DENSE, DICTIONARY, MATRICES, OURS, SAELENS, SPARSE
-from dmsae_lib.artifacts import UserError, repository_root
+from dmsae_lib.store.artifacts import UserError, repository_root
 
 ROOT = repository_root()
 CASES = {case.name: case for case in cases.quick_cases()}
 SHAPE = CASES["toy-clean"].shape
-no_peer = pytest.mark.skipif(not (ROOT / measure.PEER_PYTHON).exists(),
-                             reason="dictionary_learning's environment is not set up (make bench-environment)")  # fmt: skip
+no_peer = pytest.mark.skipif(
+    not (ROOT / measure.PEER_PYTHON).exists(),
+    reason="dictionary_learning's environment is not set up (make bench-environment)",
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,13 +33,18 @@ def toy(tmp_path_factory, one_thread):
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory, one_thread):
-    """A record of every quick case, with made-up times: 2 ms a step for ours, 6 and 8 for the peers, 1 for the floor."""
+    """A record of every quick case, with made-up times: 2 ms a step for ours, 6 and 8 for the peers, 1 for
+    the floor."""
     pace = {OURS: 2e-3, CORED: 3e-3, SAELENS: 8e-3, DICTIONARY: 6e-3, SPARSE: 2e-3, MATRICES: 4e-3}
     dense = {"floor": [1e-3, 5e-3, 1e-3], "five_gemms": [5e-3] * 3, "flat_topk": [1e-3] * 3}
 
     def made_up(case):
-        seconds = {name: {"step": [pace[name] * case.n_saes] * 3} for name in case.contestants if name != DENSE}
-        summary = {name: {"first_loss": 1.0, "dead": 0, "peak_bytes": 2**20, "torch": "2"} for name in seconds}
+        seconds = {
+            name: {"step": [pace[name] * case.n_saes] * 3} for name in case.contestants if name != DENSE
+        }
+        summary = {
+            name: {"first_loss": 1.0, "dead": 0, "peak_bytes": 2**20, "torch": "2"} for name in seconds
+        }
         return measure.record(case, "cpu", seconds | {DENSE: dense}, summary | {DENSE: {}}, 1.0)
 
     return run.result([made_up(case) | {"provenance": {}} for case in CASES.values()])
@@ -60,7 +68,9 @@ def test_five_products_are_those_of_a_dense_sae(toy):
         assert counter.get_total_flops() == factor * SHAPE.floor_flops
 
 
-@pytest.mark.parametrize("shape", [cases.S, cases.M, cases.L, *(case.shape for case in cases.cuda_cases())], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "shape", [cases.S, cases.M, cases.L, *(case.shape for case in cases.cuda_cases())], ids=lambda s: s.name
+)
 def test_prefixes_are_whole_shares_of_the_width(shape):
     assert [width / shape.d_sae for width in shape.widths] == [1 / 32, 3 / 32, 7 / 32, 15 / 32, 1]
 
@@ -68,7 +78,11 @@ def test_prefixes_are_whole_shares_of_the_width(shape):
 def test_names_of_cases_are_unique():
     for order in (cases.cpu_cases(), cases.cuda_cases(), cases.quick_cases()):
         assert len({case.name for case in order}) == len(order)
-        assert all(case.rounds * case.timed >= 10 for case in order if "toy" not in case.shape.name and case.shape.d_in > 16)
+        assert all(
+            case.rounds * case.timed >= 10
+            for case in order
+            if "toy" not in case.shape.name and case.shape.d_in > 16
+        )
 
 
 def test_synthetic_activations_have_an_anisotropic_spectrum():
@@ -86,7 +100,8 @@ def build(name: str, case, path: Path):
 
 @pytest.mark.parametrize("number", range(3))
 def test_one_objective(toy, number):
-    """Same weights, same batch: our loss is SAELens's (dictionary_learning's is compared in the run below)."""
+    """Same weights, same batch: our loss is SAELens's (dictionary_learning's is compared in the run
+    below)."""
     losses = []
     for name in (OURS, SAELENS):
         contestant, x, _ = build(name, CASES["toy-clean"], toy)
@@ -95,7 +110,8 @@ def test_one_objective(toy, number):
 
 
 def test_core_leaves_room(toy):
-    """The row with a core is no special case: the core fires as often as its latents did, and the rest get their share."""
+    """The row with a core is no special case: the core fires as often as its latents did, and the rest get
+    their share."""
     contestant, x, _ = build(CORED, CASES["toy-clean"], toy)
     stats = contestant.step(x[0])[0]
     assert contestant.trainers[0].sae.n_core == SHAPE.n_core == SHAPE.d_sae // 4
@@ -104,8 +120,9 @@ def test_core_leaves_room(toy):
 
 
 def test_aux_losses_are_those_of_the_readme(toy):
-    """Both let the d_in / 2 strongest dead latents of a token explain what the others leave. Ours takes them after ReLU
-    and divides by the variance of what is left; SAELens does neither, and shrinks the term where few are dead."""
+    """Both let the d_in / 2 strongest dead latents of a token explain what the others leave. Ours takes them
+    after ReLU and divides by the variance of what is left; SAELens does neither, and shrinks the term where
+    few are dead."""
     case = CASES["toy-dead"]
     tensors, dead = inputs.load(toy, SHAPE, case.dead, "cpu")
     x, k_aux = tensors["x"][0], SHAPE.d_in // 2
@@ -152,7 +169,9 @@ def test_silenced_latents_are_positive_but_never_kept(toy):
     assert dead.min() >= SHAPE.n_core
 
     def positive(t):
-        return torch.stack([((x - t["b_dec"]) @ t["W_enc"][dead].T + t["b_enc"][dead]).relu() for x in t["x"]])
+        return torch.stack(
+            [((x - t["b_dec"]) @ t["W_enc"][dead].T + t["b_enc"][dead]).relu() for x in t["x"]]
+        )
 
     assert positive(tensors).max() <= 0.51 * tensors["threshold"]
     assert torch.equal(positive(tensors) > 0, positive(plain) > 0)
@@ -183,7 +202,12 @@ def test_goals_name_the_faster_peer_and_the_leaner_one(record):
     case["contestants"][OURS]["peak_bytes"] = 3 * 2**20
     found = {goal["goal"]: goal for goal in run.goals([case])}
     assert found["times faster than the faster peer"] == {
-        "case": "L-clean", "goal": "times faster than the faster peer", "wanted": 5.0, "reached": pytest.approx(3.0), "met": False}
+        "case": "L-clean",
+        "goal": "times faster than the faster peer",
+        "wanted": 5.0,
+        "reached": pytest.approx(3.0),
+        "met": False,
+    }
     assert found["at most this many times the floor"]["met"]
     assert found["peak memory over the leaner peer's, at most"]["reached"] == 3.0
     without = {name: row for name, row in case["contestants"].items() if name != DICTIONARY}
@@ -205,11 +229,20 @@ def test_figure_is_drawn_from_the_json_alone(record, tmp_path):
     drawn = figure.make(record)
     heights = [bar.get_height() for bar in drawn.axes[0].patches]
     assert heights == pytest.approx([2.0] * 2 + [8.0] * 2 + [6.0] * 2)
-    assert [line.get_label() for line in drawn.axes[2].lines] == ["ours", "SAELens", "dictionary_learning", "encoder's product"]
+    assert [line.get_label() for line in drawn.axes[2].lines] == [
+        "ours",
+        "SAELens",
+        "dictionary_learning",
+        "encoder's product",
+    ]
 
 
 def test_figure_without_a_peer_or_a_part(record, tmp_path):
-    few = [case | {"contestants": {OURS: case["contestants"][OURS]}} for case in record["cases"] if case["kind"] == "step"]
+    few = [
+        case | {"contestants": {OURS: case["contestants"][OURS]}}
+        for case in record["cases"]
+        if case["kind"] == "step"
+    ]
     figure.draw(record | {"cases": few}, tmp_path)
     assert (tmp_path / "bench.png").is_file()
 
@@ -228,17 +261,24 @@ def test_worker_that_fails_says_why(tmp_path):
 
 @no_peer
 def test_interleaved_run(tmp_path):
-    """The real thing at toy size: four processes that take turns, dictionary_learning's from its own environment."""
-    result = run.bench(cases.quick_cases(), ["toy-dead"], "cpu", tmp_path / "work", tmp_path / "out", lambda text: None)
+    """The real thing at toy size: four processes that take turns, dictionary_learning's from its own
+    environment."""
+    result = run.bench(
+        cases.quick_cases(), ["toy-dead"], "cpu", tmp_path / "work", tmp_path / "out", lambda text: None
+    )
     assert result == json.loads((tmp_path / "out" / "bench.json").read_text())
     jsonschema.validate(result, json.loads((ROOT / "benchmarks" / "bench.schema.json").read_text()))
     (case,) = result["cases"]
     rows = case["contestants"]
     assert set(rows) == {OURS, SAELENS, DICTIONARY}
     assert len({row["torch"] for row in rows.values()}) == 1
-    assert all(len(row["seconds"]) == case["timed_steps"] and min(row["seconds"]) > 0 for row in rows.values())
-    assert rows[OURS]["first_loss"] == pytest.approx(rows[DICTIONARY]["first_loss"], rel=1e-5)  # AuxK included
+    assert all(
+        len(row["seconds"]) == case["timed_steps"] and min(row["seconds"]) > 0 for row in rows.values()
+    )
+    # AuxK included
+    assert rows[OURS]["first_loss"] == pytest.approx(rows[DICTIONARY]["first_loss"], rel=1e-5)
     assert {row["dead"] for row in rows.values()} == {int(cases.DEAD * SHAPE.d_sae)}
     if sys.platform == "linux":
-        weights = 4 * 4 * 2 * SHAPE.d_in * SHAPE.d_sae  # values, gradients and two moments of encoder and decoder
+        # values, gradients and two moments of encoder and decoder
+        weights = 4 * 4 * 2 * SHAPE.d_in * SHAPE.d_sae
         assert all(row["peak_bytes"] > weights for row in rows.values())

@@ -25,9 +25,13 @@ NOT_IN_LOCK = {"torch", "torchvision", "nvidia-nccl-cu12", "nvidia-nccl-cu13"}
 def lock_for(python: str, system: str = "linux", machine: str = "x86_64") -> dict[str, str]:
     """{package: version} that the lock gives on one platform."""
     where = default_environment() | {
-        "python_version": ".".join(python.split(".")[:2]), "python_full_version": python, "sys_platform": system,
-        "platform_machine": machine, "os_name": "posix", "implementation_name": "cpython",
-    }  # fmt: skip
+        "python_version": ".".join(python.split(".")[:2]),
+        "python_full_version": python,
+        "sys_platform": system,
+        "platform_machine": machine,
+        "os_name": "posix",
+        "implementation_name": "cpython",
+    }
     found = {}
     for line in (ROOT / "requirements.lock").read_text().splitlines():
         requirement = Requirement(line)

@@ -1,50 +1,72 @@
-"""The one-way rule of the library: a module imports only from floors below its own."""
+"""The one-way rule of the library: a room imports only from rooms on floors below its own, and within a room nothing
+goes round in a circle."""
 
 import ast
-import re
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import dmsae_lib
 
 FOLDER = Path(dmsae_lib.__file__).parent
-BEHIND_MAKE = {"plan", "run_notebook", "run_lock", "manage"}
-WITHIN = {("config", "artifacts"), ("config", "settings"), ("config_file", "artifacts"), ("base_model", "corpus"),
-          ("corpus", "text_files"), ("language_model", "model_checks")}  # pairs on one floor, named in order there
+FLOORS = [
+    ["store"],
+    ["config"],
+    ["data"],
+    ["sae", "embedded"],
+    ["interop"],
+    ["distill", "saebench"],
+    ["report"],
+    ["figures"],
+    ["command"],
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def floors() -> dict[str, int]:
-    """Module: floor, from the package's docstring; `and its parts` are the modules whose names begin likewise."""
-    found = {}
-    for number, text in re.findall(r"^(\d)\. (.*(?:\n   .*)*)", dmsae_lib.__doc__, flags=re.M):
-        for name in re.findall(r"``(\w+)``", text):
-            for path in FOLDER.glob("*.py"):
-                if path.stem == name or re.search(rf"``{name}`` and its (parts|stages)", text) and path.stem.startswith(name):
-                    found[path.stem] = int(number)
-    return found | {name: found["plots"] for name in ("plot_style", "schematic")}
+def modules() -> dict[str, Path]:
+    """``room.module`` (``room`` for its own ``__init__``) and its file."""
+    parts = {path: path.relative_to(FOLDER).with_suffix("").parts for path in FOLDER.rglob("*.py")}
+    return {".".join(p for p in names if p != "__init__"): path for path, names in parts.items() if len(names) > 1}
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of the library that a module imports, at its top or inside a function."""
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """The library's modules that a module imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "dmsae_lib":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmsae_lib."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        inside = [name.removeprefix("dmsae_lib.") for name in names if name.startswith("dmsae_lib.")]
+        # `from package import module` is an import of the module, not of the package that holds it
+        deepest = [name for name in inside if not any(other.startswith(f"{name}.") and other in known for other in inside)]
+        found |= {name for name in deepest if name in known}
     return found
 
 
-def test_every_module_has_a_floor():
-    modules = {path.stem for path in FOLDER.glob("*.py")} - {"__init__"}
-    assert modules - BEHIND_MAKE == set(floors())
+def test_every_module_is_in_a_room_on_a_floor():
+    loose = [path.name for path in FOLDER.glob("*.py") if path.name != "__init__.py"]
+    assert not loose
+    assert {name.split(".")[0] for name in modules()} == set(FLOOR)
 
 
-def test_imports_go_down():
-    level = floors()
-    top, wrong = max(level.values()), []
-    for name, floor in level.items():
-        for other in imports(FOLDER / f"{name}.py"):
-            inside = floor == top and level.get(other) == top or name.startswith(other.split("_")[0]) or (name, other) in WITHIN
-            if other in BEHIND_MAKE or level[other] > floor or (level[other] == floor and not inside):
-                wrong.append(f"{name} imports {other}")
+@pytest.mark.parametrize("room", FLOOR)
+def test_imports_go_down(room):
+    known = modules()
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in known.items()
+        if name.split(".")[0] == room
+        for other in imports(path, known)
+        if (there := other.split(".")[0]) != room and FLOOR[there] >= FLOOR[room]
+    ]
     assert not wrong
+
+
+def test_nothing_goes_round_in_a_circle():
+    known = modules()
+    list(TopologicalSorter({name: imports(path, known) for name, path in known.items()}).static_order())

@@ -10,22 +10,43 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
-from dmsae_lib import artifacts
-from dmsae_lib.config import Run, open_run
-from dmsae_lib.core import read_core
-from dmsae_lib.plan import stages
-from dmsae_lib.run_notebook import parameters_of
+from dmsae_lib.command.plan import stages
+from dmsae_lib.command.run_notebook import parameters_of
+from dmsae_lib.config.run import Run, open_run
+from dmsae_lib.distill.core import read_core
 from dmsae_lib.saebench import REPRODUCED
+from dmsae_lib.store import artifacts
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
-DOCUMENTED = {"config", "run", "overrides", "cycle", "chain", "k", "core", "seed", "suite", "factors", "predict", "write"}
+DOCUMENTED = {
+    "config",
+    "run",
+    "overrides",
+    "cycle",
+    "chain",
+    "k",
+    "core",
+    "seed",
+    "suite",
+    "factors",
+    "predict",
+    "write",
+}
 
 
 def test_the_notebooks_are_numbered_in_the_order_of_the_paper():
     names = [path.stem for path in SOURCES]
-    assert names[:8] == ["00_base_model", "01_harvest", "02_train_cycle", "03_attribute", "04_distill", "05_retrain_across_k",
-                         "06_saebench", "07_figures"]  # fmt: skip
+    assert names[:8] == [
+        "00_base_model",
+        "01_harvest",
+        "02_train_cycle",
+        "03_attribute",
+        "04_distill",
+        "05_retrain_across_k",
+        "06_saebench",
+        "07_figures",
+    ]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
@@ -36,7 +57,9 @@ def test_a_source_holds_no_outputs_and_one_cell_of_literal_parameters(path):
     assert parameters and (path.stem == "00_base_model" or set(parameters) <= DOCUMENTED)
     if "run" in parameters and "config" in parameters:  # notebook 08 reads what is published
         assert (parameters["config"], parameters["run"], parameters["overrides"]) == ("smoke", "", [])
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith(f"# {path.stem[:2]} · ")
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith(
+        f"# {path.stem[:2]} · "
+    )
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None and cell.source.strip()
@@ -45,14 +68,24 @@ def test_a_source_holds_no_outputs_and_one_cell_of_literal_parameters(path):
     assert notebook.metadata.kernelspec.name == "python3"
 
 
-WRONG = {str: [202401, ["a"]], int: ["first", 1.5, True], bool: ["no", 1], list: ["training.k=32", ["training.k=32", 5], 3]}
+WRONG = {
+    str: [202401, ["a"]],
+    int: ["first", 1.5, True],
+    bool: ["no", 1],
+    list: ["training.k=32", ["training.k=32", 5], 3],
+}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_a_parameter_of_another_type_is_one_sentence_also_without_our_runner(path, monkeypatch):
     """As plain papermill hands them on: the set-up cell says so, before anything is loaded or written."""
-    monkeypatch.setattr("dmsae_lib.fit.open_harvest", lambda run: pytest.fail("the parameters must be checked first"))
-    monkeypatch.setattr("dmsae_lib.language_model.LanguageModel", lambda *_: pytest.fail("the parameters must be checked first"))
+    monkeypatch.setattr(
+        "dmsae_lib.distill.fit.open_harvest", lambda run: pytest.fail("the parameters must be checked first")
+    )
+    monkeypatch.setattr(
+        "dmsae_lib.data.language_model.LanguageModel",
+        lambda *_: pytest.fail("the parameters must be checked first"),
+    )
     notebook = nbformat.read(path, as_version=4)
     tagged, setup = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
     known = parameters_of(notebook, path.name)
@@ -65,7 +98,9 @@ def test_a_parameter_of_another_type_is_one_sentence_also_without_our_runner(pat
                 exec(compile(setup, path.stem, "exec"), names)
             sentence = str(caught.value)
             assert sentence.startswith(f"The parameter {name} is {value!r}, but must be "), sentence
-            assert "\n" not in sentence and "papermill takes text by -r" in sentence and sentence.endswith(".")
+            assert (
+                "\n" not in sentence and "papermill takes text by -r" in sentence and sentence.endswith(".")
+            )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
@@ -89,7 +124,10 @@ def test_every_stage_has_its_notebook_and_that_notebook_its_parameters():
 def smoke() -> Run:
     run = open_run("smoke")
     if not (run.folder / "summary" / "manifest.json").is_file():
-        pytest.skip("there is no finished smoke run in runs/smoke: `make stages CONFIG=smoke` (or `make test`) makes it")
+        pytest.skip(
+            "there is no finished smoke run in runs/smoke: `make stages CONFIG=smoke` (or `make test`) makes "
+            "it"
+        )
     return run
 
 
@@ -100,7 +138,9 @@ def test_every_stage_left_an_executed_copy_without_errors(smoke):
         assert all(cell.execution_count for cell in code), stage.name
         kinds = [output.output_type for cell in code for output in cell.outputs]
         assert "error" not in kinds and "stream" in kinds, stage.name
-        pictures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
+        pictures = [
+            output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})
+        ]
         assert pictures or stage.notebook == "04_distill" or stage.parameters.get("k") == 0, stage.name
         assert not list((smoke.folder / "notebooks").glob("*.failed.ipynb"))
 
@@ -117,7 +157,9 @@ def test_every_artefact_is_whole_and_names_the_parents_it_was_made_from(smoke):
         assert hashes[f"cycle_{t}/attribution"].parents["sae"] == core.parents["sae"] == sae.hash
         assert core.parents["attribution"] == hashes[f"cycle_{t}/attribution"].hash
     for k in smoke.config.retrain.ks:
-        for arm, seed in [pair for pair in smoke.config.retrain_arms(k) if pair[0] in smoke.config.saebench.arms]:
+        for arm, seed in [
+            pair for pair in smoke.config.retrain_arms(k) if pair[0] in smoke.config.saebench.arms
+        ]:
             trained = hashes[f"retrain/k{k}/{arm}-seed{seed}"]
             for name in REPRODUCED:
                 assert hashes[f"saebench/k{k}/{arm}-seed{seed}/{name}-seed0"].parents["sae"] == trained.hash
@@ -138,19 +180,29 @@ def test_the_core_of_every_cycle_is_bit_identical_to_what_the_cycle_before_hande
 
 def test_the_summary_follows_its_schema_and_has_a_row_for_everything(smoke):
     summary = json.loads((smoke.folder / "summary" / "summary.json").read_text())
-    Draft202012Validator(json.loads((ROOT / "dmsae_lib" / "summary.schema.json").read_text())).validate(summary)
+    Draft202012Validator(json.loads((ROOT / "dmsae_lib" / "summary.schema.json").read_text())).validate(
+        summary
+    )
     config = smoke.config
     assert summary["config"] == "smoke" and set(summary["claims"]) == {f"C{n}" for n in range(1, 8)}
     assert [row["cycle"] for row in summary["cycles"]] == list(range(config.distill.cycles + 1))
-    expected = sorted((chain, k, arm, seed) for chain in config.retrained_chains
-                      for k in config.retrain.ks for arm, seed in config.retrain_arms(k, chain))  # fmt: skip
-    assert sorted((row["chain"], row["k"], row["core"], row["seed"]) for row in summary["retrain"]) == expected
+    expected = sorted(
+        (chain, k, arm, seed)
+        for chain in config.retrained_chains
+        for k in config.retrain.ks
+        for arm, seed in config.retrain_arms(k, chain)
+    )
+    assert (
+        sorted((row["chain"], row["k"], row["core"], row["seed"]) for row in summary["retrain"]) == expected
+    )
     for row in summary["retrain"]:
         assert row["unbound"] or row["L0"]["total"] == pytest.approx(row["k"], rel=0.05), row
 
 
 def test_every_figure_exists_and_is_not_blank(smoke):
-    figures = sorted((smoke.folder / "figures").glob("*.png"), key=lambda path: int(path.stem.partition("_")[0]))
+    figures = sorted(
+        (smoke.folder / "figures").glob("*.png"), key=lambda path: int(path.stem.partition("_")[0])
+    )
     assert [path.stem.partition("_")[0] for path in figures] == [*"12345678", "12", "13"]
     for path in figures:
         assert path.with_suffix(".svg").stat().st_size > 2000

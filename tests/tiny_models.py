@@ -1,11 +1,16 @@
-"""Tiny language models of real architectures, with a tokenizer, saved as Hub-format folders. Weights are random."""
+"""Tiny language models of real architectures, with a tokenizer, saved as Hub-format folders. Weights are
+random."""
 
 from pathlib import Path
 
 import torch
 
 BOS, EOS, PAD = 0, 1, 2
-TEXT = ["the cat sat on the mat and looked at the dog", "def main(): return [x for x in range(10)]", "a pain in the chest"]
+TEXT = [
+    "the cat sat on the mat and looked at the dog",
+    "def main(): return [x for x in range(10)]",
+    "a pain in the chest",
+]
 
 
 def save_tokenizer(folder: Path, vocabulary: int = 320) -> None:
@@ -15,25 +20,56 @@ def save_tokenizer(folder: Path, vocabulary: int = 320) -> None:
 
     bytes_ = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=["<bos>", "<eos>", "<pad>"], initial_alphabet=bytes_, show_progress=False))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>",
-                            pad_token="<pad>").save_pretrained(folder)  # fmt: skip
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=["<bos>", "<eos>", "<pad>"],
+            initial_alphabet=bytes_,
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
 
 
-def save_model(folder: Path, family: str = "llama", seed: int = 0, layers: int = 2, width: int = 32, context: int = 32,
-               confidence: float = 1.0, **settings: object) -> Path:
-    """``family``: llama, or gemma2 (grouped queries, soft caps, a sliding window). ``confidence`` scales the logits;
-    ``settings`` go into config.json."""
+def save_model(
+    folder: Path,
+    family: str = "llama",
+    seed: int = 0,
+    layers: int = 2,
+    width: int = 32,
+    context: int = 32,
+    confidence: float = 1.0,
+    **settings: object,
+) -> Path:
+    """``family``: llama, or gemma2 (grouped queries, soft caps, a sliding window). ``confidence`` scales the
+    logits; ``settings`` go into config.json."""
     import transformers
 
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 320, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": context,
-             "initializer_range": 0.2, "tie_word_embeddings": False,
-             "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
     if family == "gemma2":
         extra = {"head_dim": width // 4, "query_pre_attn_scalar": width // 4, "sliding_window": context // 2}
         model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**{**sizes, **extra, **settings}))

@@ -1,6 +1,8 @@
-"""A whole run on a toy configuration in seconds: the stages' own notebooks, executed as plain Python in one process.
+"""A whole run on a toy configuration in seconds: the stages' own notebooks, executed as plain Python in one
+process.
 
-What the plan and the notebooks make is found here without being named, so a new stage or kind of artefact is covered too.
+What the plan and the notebooks make is found here without being named, so a new stage or kind of artefact is
+covered too.
 """
 
 import contextlib
@@ -15,8 +17,8 @@ import nbformat
 import yaml
 
 from dmsae_lib import config as config_module
-from dmsae_lib.config import Run, open_run
-from dmsae_lib.plan import Stage, stages, write_plan
+from dmsae_lib.command.plan import Stage, stages, write_plan
+from dmsae_lib.config.run import Run, open_run
 
 ROOT = Path(__file__).parents[1]
 EVERY_STEP = 1e-9  # checkpoint_seconds
@@ -28,8 +30,12 @@ TINY = {
     "training": {"k": 16, "batch_size": 100, "lr": 3e-3},
     "distill": {"cycles": 1, "final_core": "all_of_last"},
     "retrain": {"ks": [16], "seeds": [0], "controls": {"random": 1}},
-    "saebench": {"probing_sets": ["105_click_bait"], "probing_ks": [1], "core_rows": 8,
-                 "suite": {"evals": ["sparse_probing"], "eval_seeds": [0, 1]}},
+    "saebench": {
+        "probing_sets": ["105_click_bait"],
+        "probing_ks": [1],
+        "core_rows": 8,
+        "suite": {"evals": ["sparse_probing"], "eval_seeds": [0, 1]},
+    },
     "learning_rate_sweep": [1.0],
 }
 
@@ -37,8 +43,12 @@ TINY = {
 def write_settings(root: Path) -> None:
     """configs/tiny.yaml below ``root``, and the text that it names."""
     (root / "configs").mkdir(parents=True, exist_ok=True)
-    texts = [text for topic in pydoc_data.topics.topics.values() for text in topic.split("\n\n") if len(text) > 80]
-    (root / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    texts = [
+        text for topic in pydoc_data.topics.topics.values() for text in topic.split("\n\n") if len(text) > 80
+    ]
+    (root / "texts.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8"
+    )
     settings = TINY | {"data": TINY["data"] | {"source": str(root / "texts.jsonl")}}
     (root / "configs" / "tiny.yaml").write_text(yaml.safe_dump(settings))
 
@@ -92,12 +102,21 @@ def stage_of(run: Run, name: str) -> Stage:
 
 def artefacts(run: Run) -> dict[str, Path]:
     """{place: folder} of every artefact in the run's folder."""
-    return {str(path.parent.relative_to(run.folder)): path.parent for path in sorted(run.folder.rglob("manifest.json"))}
+    return {
+        str(path.parent.relative_to(run.folder)): path.parent
+        for path in sorted(run.folder.rglob("manifest.json"))
+    }
 
 
 def content(run: Run) -> dict[str, bytes]:
     """Every byte in the run's artefacts and figures that two runs must have in common, by place."""
-    found = {str(path.relative_to(run.folder)): path.read_bytes() for path in (run.folder / "figures").glob("*")}
+    found = {
+        str(path.relative_to(run.folder)): path.read_bytes() for path in (run.folder / "figures").glob("*")
+    }
     for place, folder in artefacts(run).items():
-        found |= {f"{place}/{path.name}": path.read_bytes() for path in folder.iterdir() if path.name != "provenance.json"}
+        found |= {
+            f"{place}/{path.name}": path.read_bytes()
+            for path in folder.iterdir()
+            if path.name != "provenance.json"
+        }
     return found

@@ -1,16 +1,18 @@
-"""A run's folder with a harvest's record and one SAE of random weights, as large as the exchange of formats needs."""
+"""A run's folder with a harvest's record and one SAE of random weights, as large as the exchange of formats
+needs."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dmsae_lib.artifacts import Artifact, load, write
-from dmsae_lib.language_model import LanguageModel, describe
-from dmsae_lib.sae import MatryoshkaSAE, save_sae
+from dmsae_lib.data.language_model import LanguageModel, describe
+from dmsae_lib.sae.model import MatryoshkaSAE, save_sae
+from dmsae_lib.store.artifacts import Artifact, load, write
 
 D_SAE, PREFIXES, CORE, K = 96, (12, 40), 6, 9
-KINDS = [(CORE, "relu"), (CORE, "batchtopk"), (0, "relu"), (0, "batchtopk")]  # size of the core, core_sparsity
+# size of the core, core_sparsity
+KINDS = [(CORE, "relu"), (CORE, "batchtopk"), (0, "relu"), (0, "batchtopk")]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -19,14 +21,16 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def residuals(model: LanguageModel, rows: int = 32, seed: int = 0) -> Tensor:
     """(n, d_in), BOS left out."""
-    tokens = torch.randint(3, 300, (rows, model.config.context_size), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        3, 300, (rows, model.config.context_size), generator=torch.Generator().manual_seed(seed)
+    )
     tokens[:, 0] = model.bos
     return model.lower(tokens)[:, 1:].flatten(0, 1)
 
 
 def make_sae(d_in: int, x: Tensor, core: int = CORE, core_sparsity: str = "relu") -> MatryoshkaSAE:
-    """No weight is zero or twice the same; decoder rows have norm 1; the threshold lets about one latent in ten pass on
-    ``x``, which is normalised."""
+    """No weight is zero or twice the same; decoder rows have norm 1; the threshold lets about one latent in
+    ten pass on ``x``, which is normalised."""
     rows = torch.nn.functional.normalize(random(core, d_in, seed=1), dim=1) if core else None
     sae = MatryoshkaSAE(d_in, D_SAE, PREFIXES, rows, core_sparsity).requires_grad_(False)
     sae.initialise(torch.Generator().manual_seed(0), x)
@@ -38,8 +42,14 @@ def make_sae(d_in: int, x: Tensor, core: int = CORE, core_sparsity: str = "relu"
     return sae
 
 
-def write_run(folder: Path, model: LanguageModel, core: int = CORE, core_sparsity: str = "relu",
-              sae: MatryoshkaSAE | None = None, scale: float | None = None) -> Artifact:  # fmt: skip
+def write_run(
+    folder: Path,
+    model: LanguageModel,
+    core: int = CORE,
+    core_sparsity: str = "relu",
+    sae: MatryoshkaSAE | None = None,
+    scale: float | None = None,
+) -> Artifact:
     """The artefact of ``sae`` (default: :func:`make_sae`) inside a run."""
     x = residuals(model)
     scale = scale or float(x.square().sum(1).mean().sqrt())
@@ -50,5 +60,8 @@ def write_run(folder: Path, model: LanguageModel, core: int = CORE, core_sparsit
     place = folder / "retrain" / f"k{K}" / "distilled-seed0"
     with write(place, "sae", {"harvest": harvest.hash, "settings": "0" * 64}) as writer:
         save_sae(writer, sae, scale)
-        writer.json("metrics.json", {"k": K, "L0": {"core": 3.0, "non_core": 6.0, "total": 9.0}, "core": "distilled", "seed": 0})
+        writer.json(
+            "metrics.json",
+            {"k": K, "L0": {"core": 3.0, "non_core": 6.0, "total": 9.0}, "core": "distilled", "seed": 0},
+        )
     return load(place, "sae")

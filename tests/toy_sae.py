@@ -3,12 +3,12 @@
 import math
 
 import torch
+from reference import TRAINED
 from torch import Tensor
 
-from dmsae_lib.reference import TRAINED
-from dmsae_lib.sae import MatryoshkaSAE
-from dmsae_lib.seeds import generator
-from dmsae_lib.settings import TrainingConfig
+from dmsae_lib.config.sections import TrainingConfig
+from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.store.seeds import generator
 
 D_IN, D_SAE, CORE, PREFIXES, BATCH, K = 16, 60, 7, (8, 21), 96, 9
 

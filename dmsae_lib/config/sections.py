@@ -1,0 +1,225 @@
+"""The sections of a run's configuration: every setting with its type, its default and what it means.
+
+Every default that the paper does not fix is one of our decisions; ``configs/gemma-2-2b.yaml`` gives the
+source of each value.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+)
+
+EMBEDDED = Path(__file__).parents[1] / "embedded"  # language models that come with the package, a folder each
+Aggregator = Literal["mean_abs", "abs_mean", "quantile", "frequency"]
+# controls that no training has ever selected
+NEW_ROWS = ("random_directions", "data_points", "pca", "rotated")
+OF_LATENTS = ("random", "random_outside", "most_frequent")  # controls made of latents that some cycle trained
+CONTROLS = (*OF_LATENTS, *NEW_ROWS)
+# as many latents as the core has in every prefix, trained like all others
+UNFROZEN = ("warm_start", "cold_start")
+LONGER = ("longer_repeated", "longer_fresh")
+ARMS = ("none", "distilled", *CONTROLS, *UNFROZEN, *LONGER)
+Arm = Literal[ARMS]  # type: ignore[valid-type]
+Placebo = Literal[NEW_ROWS]  # type: ignore[valid-type]
+CoreSparsity = Literal["relu", "batchtopk"]
+CoreBias = Literal["zero", "match_frequency"]
+CoreDecoder = Literal["random", "encoder"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Item = TypeVar("Item")
+
+
+def _each_once(values: list) -> list:
+    if twice := [value for n, value in enumerate(values) if value in values[:n]]:
+        raise ValueError(f"names {twice[0]} twice: it stands for a set, so name each once")
+    return values
+
+
+class _Place(str):
+    """The full path of something local, which knows how the configuration wrote it."""
+
+    written: str
+
+
+def _place(value: str, info: ValidationInfo) -> str:
+    """What ``value`` names below the context's ``base``; untouched where nothing lies there, as with the
+    Hub's names."""
+    base = (info.context or {}).get("base")
+    if base is None or value in ("", "embedded") or (EMBEDDED / value / "config.json").is_file():
+        return value
+    place = _Place(os.path.normpath(os.path.join(base, os.path.expanduser(value))))
+    if not os.path.exists(place):
+        if os.path.exists(value):
+            raise ValueError(
+                f"is {value}: paths are relative to {base}, where there is no such thing; write its full path"
+            )
+        return value
+    place.written = (
+        value if info.context["inside"] else str(place)
+    )  # a copy of the YAML in the run's folder means the same
+    return place
+
+
+def _written(place: str) -> str:
+    return getattr(place, "written", place)
+
+
+EachOnce = Annotated[list[Item], AfterValidator(_each_once)]
+# a path, or the name of something elsewhere
+Local = Annotated[str, AfterValidator(_place), PlainSerializer(_written)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    name: Local  # an embedded name, a local Hub-format folder, or a Hub id
+    hook_name: str = Field(pattern=r"^blocks\.\d+\.hook_resid_post$")
+    context_size: Annotated[int, Field(ge=8)]
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_rows: Positive = 32  # contexts per forward pass
+    trust_remote_code: bool = False
+
+    @field_validator("hook_name")
+    @classmethod
+    def _as_transformer_lens_writes_it(cls, name: str) -> str:
+        blocks, layer, place = name.split(".")
+        return f"{blocks}.{int(layer)}.{place}"  # 01 is 1
+
+
+class DataConfig(Section):
+    source: Local  # "embedded", a local .txt / .jsonl file or a folder of them, or a Hub data set id
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    packing: Literal["pack", "one_per_row"] = "pack"
+    train_tokens: Positive  # usable tokens (not BOS, not padding) of one distillation cycle
+    select_tokens: Positive
+    test_tokens: Positive
+    fresh_factor: Positive = 1  # train_tokens * fresh_factor are tokenised, for the longer-trained baselines
+    store: Literal["disk", "stream"] = "disk"
+    buffer_rows: Positive = 512  # contexts in the shuffle buffer when streaming
+    # positions above this multiple of the median norm are left out everywhere, as BOS is
+    outlier_norm: float = Field(10.0, gt=1)
+
+
+class SAEConfig(Section):
+    d_sae: Positive  # the core included
+    prefixes: list[Positive]  # cumulative non-core sizes; the last one, d_sae - core, is implied
+
+
+class CoreSettings(Section):
+    """What a distillation chain may do differently with its core."""
+
+    core_sparsity: CoreSparsity = "relu"
+    core_bias_init: CoreBias = "zero"
+    core_decoder_init: CoreDecoder = "random"  # encoder: the core's encoder rows at norm 1
+
+    def core_settings(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in CoreSettings.model_fields}
+
+
+class TrainingConfig(CoreSettings):
+    k: Positive
+    batch_size: Positive
+    lr: float = Field(gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
+    decay: float = Field(0.2, ge=0, lt=1)  # share of the steps, at the end
+    grad_clip: float = Field(1.0, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    aux_alpha: float = Field(1 / 32, ge=0)
+    k_aux: Positive | None = None  # None: d_in / 2
+    dead_window: Positive | None = None  # tokens; None: max(2 % of the tokens, 40 batches)
+    k_min: int = Field(1, ge=0)
+    autocast: bool = False  # bfloat16 matrix products over float32 weights
+    checkpoint_seconds: float = Field(60.0, gt=0)
+    together: Positive = 64  # SAEs trained on one pass over the data at most: bounds the memory
+    prefetch: int = Field(0, ge=0)  # batches made ahead; worth it where a GPU trains
+
+    NO_EFFECT: ClassVar = {"checkpoint_seconds", "together", "prefetch"}  # change no weight
+
+
+class Chain(Section):
+    """A further distillation chain beside the main one: its own seed, or core settings other than those of
+    ``training``."""
+
+    name: Name
+    seed: int = Field(0, ge=0)
+    core_sparsity: CoreSparsity | None = None  # None: as in training, like the two that follow
+    core_bias_init: CoreBias | None = None
+    core_decoder_init: CoreDecoder | None = None
+    retrain: EachOnce[
+        Arm
+    ] = []  # trained with this chain's own core at every k of retrain.ks with every seed of retrain.seeds
+
+
+class DistillConfig(Section):
+    cycles: Positive = 7
+    coverage: Fraction = 0.9
+    aggregator: Aggregator = "mean_abs"
+    quantile: Fraction = 0.99
+    final_core: Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"] = "last_two"
+    chains: list[Chain] = []
+    placebos: EachOnce[
+        Placebo
+    ] = []  # chains of as many frozen rows of this kind beside the core's: the null of C2
+    # trained elsewhere, in place of cycle 0: a folder, or release:sae_id of SAELens
+    from_sae: Local | None = None
+    # its nested sizes without the last, where its files do not say; []: not nested
+    from_prefixes: list[Positive] | None = None
+
+
+class RetrainConfig(Section):
+    ks: EachOnce[Positive]
+    seeds: EachOnce[int] = [0, 1, 2]
+    arms: EachOnce[Arm] = ["none", "distilled"]  # trained at every k with every seed
+    controls: dict[Arm, Positive] = {}  # number of seeds (draws) of each control arm
+    controls_at: EachOnce[Positive] | None = None  # None: at training.k only
+    # trained elsewhere, to compare with: a folder, or release:sae_id of SAELens
+    imported: dict[Name, Local] = {}
+
+
+class SuiteConfig(Section):
+    """The evals of ``make saebench``, beside the two that ``make reproduce`` runs."""
+
+    evals: EachOnce[str] | None = None  # None: all of them; those that cannot run here say why
+    arms: EachOnce[Arm] = ["none", "distilled"]
+    ks: EachOnce[Positive] | None = None  # None: retrain.ks
+    seeds: EachOnce[int] | None = None  # training seeds; None: retrain.seeds
+    # Draws of texts, splits and probes: all of them on the first training seed, the first alone on the
+    # others.
+    eval_seeds: EachOnce[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    data: Local | None = None  # a folder with sae_bench's own data sets, looked into before the Hub is asked
+    judge: str = "gpt-4o-mini"  # autointerp: the model that explains and judges (sae_bench's own choice),
+    # its OpenAI-compatible endpoint (the key is in OPENAI_API_KEY alone),
+    judge_url: str = "https://api.openai.com/v1"
+    judge_latents: Positive = 100  # and how many latents it is asked about; sae_bench takes 1000
+    unlearning_corpus: Local | None = (
+        None  # the folder of WMDP's bio-forget-corpus.jsonl, which is handed out on request
+    )
+
+
+class SaebenchConfig(Section):
+    arms: EachOnce[Arm] = ["none", "distilled"]  # those scored, seven seconds each on two cores
+    probing_sets: EachOnce[str] | None = None  # None: the fixed list of dmsae_lib.data.corpus; [] : none
+    # accuracy: sets that a probe on all channels misses are dropped
+    dense_at_least: float = Field(0.6, ge=0, le=1)
+    probing_ks: EachOnce[Positive] = Field([1, 5], min_length=1)
+    core_rows: Positive = 64
+    seed: int = 0
+    suite: SuiteConfig = SuiteConfig()
+
+    def decisive(self) -> dict[str, Any]:
+        """What the core and probing scores of one SAE depend on."""
+        return self.model_dump(exclude={"arms", "suite"})

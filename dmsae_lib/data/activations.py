@@ -1,0 +1,263 @@
+"""Residual activations: stored shards or a stream, the same interface, and the normaliser.
+
+A source yields batches (batch_size, d_in) of usable positions, divided by ``scale`` so that mean ||x||^2 = 1,
+with the cursor (epoch, block, offset) from which to go on. Every order is a function of the seed and a name,
+so any batch can be made again without replaying the ones before.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmsae_lib.config.sections import DataConfig
+from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss, usable_positions
+from dmsae_lib.store.artifacts import Artifact, UserError, Writer
+from dmsae_lib.store.seeds import generator
+
+SHARD_ROWS = 2**18  # a shard file is closed once it holds this many activations
+ROUNDING = 1e-6  # of a mean square of float32 numbers: a smaller variance is none
+NORM_SAMPLE_ROWS = 64  # contexts from which the median norm is measured
+
+Cursor = tuple[int, int, int]
+START: Cursor = (0, 0, 0)
+
+
+def usable_residuals(model: LanguageModel, split: dict[str, np.ndarray]) -> Iterator[Tensor]:
+    """Residuals of a split's usable positions, (n, d_in) per batch of contexts, in order, unnormalised."""
+    for tokens, lengths, resid in lowered(model, split):
+        yield resid[model.usable(tokens, lengths, resid)]
+
+
+def finite(x: Tensor, where: str) -> Tensor:
+    """``x`` itself; UserError naming ``where`` if it holds NaN or Inf, which no average or threshold
+    survives."""
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).any(dim=-1).sum())
+        raise UserError(
+            f"The residuals of {where} hold NaN or Inf at {bad} of {len(x)} positions: look at model.dtype "
+            "(a "
+            "model trained in float32 may overflow in another) and at the model's weights."
+        )
+    return x
+
+
+def median_norm(model: LanguageModel, split: dict[str, np.ndarray]) -> float:
+    """Median ||x|| over the usable positions of the first contexts; the yardstick for outliers."""
+    sample = {name: array[:NORM_SAMPLE_ROWS] for name, array in split.items()}
+    return float(torch.cat([x.norm(dim=1) for x in usable_residuals(model, sample)]).median())
+
+
+def harvest(
+    writer: Writer,
+    model: LanguageModel,
+    splits: dict[str, dict[str, np.ndarray]],
+    data: DataConfig,
+    report=print,
+) -> dict[str, Any]:
+    """Write tokens, and with ``data.store: disk`` the training residuals, and measure what every later stage
+    shares.
+
+    The scale is sqrt(mean ||x||^2) over the training tokens of one cycle, outliers left out; it is measured
+    once and stays the same for every cycle and every k. Sets the model's ``outlier_limit``. Returns the
+    record for record.json (without model and data entries).
+    """
+    for name, arrays in splits.items():
+        writer.tensors(
+            f"{name}.safetensors", {part: torch.from_numpy(array) for part, array in arrays.items()}
+        )
+    model.outlier_limit = math.inf
+    middle = median_norm(model, splits["train"])
+    limit = model.outlier_limit = data.outlier_norm * middle
+    dtype = getattr(torch, model.config.dtype)
+    total, squares, outliers, shard, pending, rows = 0, 0.0, 0, 0, [], 0
+    summed = torch.zeros(model.d_model, dtype=torch.float64)
+    for tokens, lengths, resid in lowered(model, splits["train"]):
+        x = resid[model.usable(tokens, lengths, resid)]
+        outliers += int(usable_positions(tokens, lengths, model.bos).sum()) - len(x)
+        finite(x, f"the train split, contexts {rows} to {rows + model.config.batch_rows - 1}")
+        rows += model.config.batch_rows
+        x = x[: data.train_tokens - total]
+        total += len(x)
+        squares += float(x.square().sum(dtype=torch.float64))
+        summed += x.sum(0, dtype=torch.float64).cpu()
+        if data.store == "disk":
+            pending.append(x.cpu())
+            if sum(map(len, pending)) >= SHARD_ROWS:
+                writer.tensors(f"shard_{shard:04d}.safetensors", {"x": torch.cat(pending).to(dtype)})
+                pending, shard = [], shard + 1
+                report(f"{total:,} of {data.train_tokens:,} activations")
+        if total == data.train_tokens:
+            break
+    if pending:
+        writer.tensors(f"shard_{shard:04d}.safetensors", {"x": torch.cat(pending).to(dtype)})
+        shard += 1
+    mean = (summed / total).float()
+    if squares / total - float((summed / total).square().sum()) <= ROUNDING * squares / total:
+        raise UserError(
+            f"The residuals at {model.hook_name} are the same at every position: look at the model's "
+            "weights, or "
+            "choose another hook."
+        )
+    writer.tensors("mean.safetensors", {"mean": mean})
+    losses = reference_losses(model, splits["test"], mean.to(model.device))
+    if not math.isfinite(sum(losses)):
+        raise UserError(
+            f"The model's loss on the test split is {losses.clean}, and {losses.zero} with the residual set "
+            "to zero: "
+            "look at model.dtype and at the model's weights."
+        )
+    counts = {name: int(sum(usable_count(arrays, model.bos))) for name, arrays in splits.items()}
+    return {
+        "n_tokens": counts,
+        "harvested": total,
+        "shards": shard,
+        "scale": (squares / total) ** 0.5,
+        "median_norm": middle,
+        "outlier_limit": limit,
+        "outliers_dropped": outliers,
+        **{f"{name}_loss": value for name, value in losses._asdict().items()},
+    }
+
+
+def usable_count(split: dict[str, np.ndarray], bos: int) -> np.ndarray:
+    """Usable positions of every context, (rows,)."""
+    inside = np.arange(split["tokens"].shape[1]) < split["lengths"][:, None]
+    return (inside & (split["tokens"] != bos)).sum(1)
+
+
+class Losses(NamedTuple):
+    """Next-token losses of a model on a split, nats: bare, and with the usable positions' residual set to
+    zero or the mean."""
+
+    clean: float
+    zero: float
+    mean: float
+
+
+@torch.no_grad()
+def reference_losses(model: LanguageModel, split: dict[str, np.ndarray], mean: Tensor) -> Losses:
+    """``mean`` (d_in,) is that of the training activations, unnormalised."""
+    sums, count = [0.0, 0.0, 0.0], 0
+    for tokens, lengths, resid in lowered(model, split):
+        usable = model.usable(tokens, lengths, resid)[..., None]
+        loss, n = next_token_loss(model.logits(tokens), tokens, lengths, model.bos)
+        sums[0], count = sums[0] + float(loss), count + n
+        for place, put in ((1, torch.zeros_like(mean)), (2, mean)):
+            ablated = model.upper(tokens, torch.where(usable, put.to(resid.dtype), resid))
+            sums[place] += float(next_token_loss(ablated, tokens, lengths, model.bos)[0])
+    return Losses(*(total / count for total in sums))
+
+
+def load_split(artifact: Artifact, name: str) -> dict[str, np.ndarray]:
+    """Memory maps of one split's tokens and lengths."""
+    return {part: tensor.numpy() for part, tensor in artifact.tensors(f"{name}.safetensors").items()}
+
+
+class StoredActivations:
+    """The shards of a harvest artefact: one block per epoch, every batch a random draw without
+    replacement."""
+
+    def __init__(self, artifact: Artifact, scale: float, device: str = "cpu"):
+        names = sorted(name for name in artifact.files if name.startswith("shard_"))
+        # mapped: pages are read as rows are asked for
+        self.shards = [artifact.tensors(name)["x"] for name in names]
+        self.ends = torch.tensor([len(shard) for shard in self.shards]).cumsum(0)
+        self.scale, self.device = scale, device
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Normalised activations (len(index), d_in) float32, in the order of ``index`` (int64, on the
+        CPU)."""
+        if len(self.shards) == 1:
+            x = self.shards[0].index_select(0, index)
+        else:
+            x = torch.empty(len(index), self.shards[0].shape[1], dtype=self.shards[0].dtype)
+            shard_of = torch.searchsorted(self.ends, index, right=True)
+            for number in shard_of.unique().tolist():
+                here, shard = (shard_of == number).nonzero().squeeze(1), self.shards[number]
+                x[here] = shard.index_select(0, index[here] - (self.ends[number] - len(shard)))
+        return (x.float() / self.scale).to(self.device)
+
+    def batches(
+        self, batch_size: int, seed: int, name: str, cursor: Cursor = (0, 0, 0)
+    ) -> Iterator[tuple[Tensor, Cursor]]:
+        """Endless batches; ``name`` and ``seed`` fix the order, the cursor where to start."""
+        if len(self) < batch_size:
+            raise UserError(
+                f"training.batch_size is {batch_size}: the harvest holds {len(self)} activations; lower it, "
+                "or "
+                "raise data.train_tokens or data.outlier_norm."
+            )
+        epoch, _, offset = cursor
+        while True:
+            order = torch.randperm(len(self), generator=generator(seed, "order", name, epoch))
+            for start in range(offset, len(order) - batch_size + 1, batch_size):
+                yield self.rows(order[start : start + batch_size]), (epoch, 0, start + batch_size)
+            epoch, offset = epoch + 1, 0
+
+
+class StreamedActivations:
+    """Activations made by the model while they are used: blocks of contexts, shuffled within the block.
+
+    A block's last tokens that do not fill a batch are dropped (below batch_size of about buffer_rows *
+    context_size).
+    """
+
+    def __init__(self, model: LanguageModel, split: dict[str, np.ndarray], data: DataConfig, scale: float):
+        self.model, self.split, self.buffer_rows, self.scale = model, split, data.buffer_rows, scale
+
+    def block(self, rows: np.ndarray) -> Tensor:
+        rows = np.sort(rows)
+        split = {name: np.asarray(array[rows]) for name, array in self.split.items()}
+        x = finite(
+            torch.cat(list(usable_residuals(self.model, split))),
+            f"contexts {rows[0]} to {rows[-1]} of the train split",
+        )
+        return x / self.scale
+
+    def batches(
+        self, batch_size: int, seed: int, name: str, cursor: Cursor = (0, 0, 0)
+    ) -> Iterator[tuple[Tensor, Cursor]]:
+        """As :meth:`StoredActivations.batches`."""
+        epoch, block, offset = cursor
+        while True:
+            order = torch.randperm(
+                len(self.split["tokens"]), generator=generator(seed, "order", name, epoch)
+            ).numpy()
+            served = block > 0 or offset > 0
+            while block * self.buffer_rows < len(order):
+                x = self.block(order[block * self.buffer_rows : (block + 1) * self.buffer_rows])
+                served = served or len(x) >= batch_size
+                inner = torch.randperm(len(x), generator=generator(seed, "block", name, epoch, block)).to(
+                    x.device
+                )
+                for start in range(offset, len(x) - batch_size + 1, batch_size):
+                    yield x[inner[start : start + batch_size]], (epoch, block, start + batch_size)
+                block, offset = block + 1, 0
+            if not served:
+                raise UserError(
+                    f"data.buffer_rows is {self.buffer_rows}: no block of so many contexts fills one batch "
+                    f"of training.batch_size = {batch_size} tokens; raise it."
+                )
+            epoch, block = epoch + 1, 0
+
+
+def first_contexts(split: dict[str, np.ndarray], tokens: int, bos: int) -> dict[str, np.ndarray]:
+    """The leading contexts that together hold ``tokens`` usable positions."""
+    rows = int(np.searchsorted(np.cumsum(usable_count(split, bos)), tokens)) + 1
+    return {name: array[:rows] for name, array in split.items()}
+
+
+def tokens_hash(splits: dict[str, dict[str, np.ndarray]]) -> str:
+    """sha256 over the token ids of all splits: what text was used, whatever it was read from."""
+    digest = hashlib.sha256()
+    for name in sorted(splits):
+        digest.update(name.encode() + np.ascontiguousarray(splits[name]["tokens"]).tobytes())
+    return digest.hexdigest()

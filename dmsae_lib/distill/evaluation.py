@@ -1,0 +1,168 @@
+"""What an SAE is worth on held-out text: L0 by part, FVU by prefix, loss recovered, dead latents; and its
+threshold."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmsae_lib.data.activations import Losses, first_contexts, usable_residuals
+from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss
+from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.sae.select import between_nth
+
+CALIBRATION_TOKENS = 2**17  # at most this many tokens of the split are held in memory: 1.2 GB at width 2304
+SHARED_BYTES = 2**30  # residuals of the test split up to this size are kept for all SAEs of a call
+SMALLEST_CUT = 1e-6  # an activation below which all are looked at
+RARE = 1e-3  # a latent that fires on a smaller share of the tokens all but never fires
+# method, section 2: total L0 within 1 % of k, else the SAE is left out of equal-L0 comparisons
+UNBOUND = 0.01
+
+Lowered = list[tuple[Tensor, Tensor, Tensor]]
+
+
+@torch.no_grad()
+def lower_all(model: LanguageModel, split: dict[str, np.ndarray]) -> Lowered | None:
+    """(tokens, lengths, residual at the hook) of every batch of ``split``, to share between SAEs; None if
+    that is too large."""
+    if split["tokens"].size * model.d_model * 4 > SHARED_BYTES:
+        return None
+    return list(lowered(model, split))
+
+
+@torch.no_grad()
+def calibrate_threshold(
+    sae: MatryoshkaSAE,
+    model: LanguageModel,
+    split: dict[str, np.ndarray],
+    k: int,
+    k_min: int,
+    residuals: list[Tensor] | None = None,
+) -> bool:
+    """Set ``sae.threshold`` so that total L0 = k on ``split``; True if that cannot be had (``unbound``).
+
+    The EMA of the training thresholds overshoots or undershoots k (3-9 % in published SAEs), so comparisons
+    need this. Where the core alone leaves less than k_min, the free latents get k_min and the SAE is unbound.
+    ``sae`` is folded; ``residuals`` are :func:`calibration_residuals` of the split, if at hand.
+    """
+    free_only = sae.core_sparsity == "relu"
+    start = sae.n_core if free_only else 0
+    residuals = residuals or calibration_residuals(model, split)
+    tokens = sum(map(len, residuals))
+    cut = float(sae.threshold_ema)
+    while True:  # as a rule once: the threshold of the training is near
+        cut = cut / 2 if cut > SMALLEST_CUT else 0.0
+        found, in_core = [], 0
+        for x in residuals:
+            a = sae.pre_activations(x)
+            in_core += int((a[:, :start] > 0).sum())
+            a = a[:, start:]
+            found.append(a[a > cut])
+        wanted = max(tokens * k_min, tokens * k - in_core)
+        above = torch.cat(found)
+        if len(above) > wanted or cut == 0.0:
+            break
+    sae.threshold.fill_(between_nth(above, wanted))
+    total = (in_core + int((above > sae.threshold.to(above.dtype)).sum())) / tokens
+    return abs(total - k) > UNBOUND * k
+
+
+def calibration_residuals(model: LanguageModel, split: dict[str, np.ndarray]) -> list[Tensor]:
+    """The activations on which thresholds are set: those of the split's first contexts, (n, d_in) per
+    batch."""
+    return list(usable_residuals(model, first_contexts(split, CALIBRATION_TOKENS, model.bos)))
+
+
+class _FVU:
+    """sum ||x - xhat||^2 / sum ||x - mean||^2, accumulated over batches in float64."""
+
+    def __init__(self, d_in: int):
+        self.error, self.square, self.total, self.count = 0.0, 0.0, torch.zeros(d_in, dtype=torch.float64), 0
+
+    def add(self, x: Tensor, xhat: Tensor) -> None:
+        self.error += float((x - xhat).square().sum(dtype=torch.float64))
+        self.square += float(x.square().sum(dtype=torch.float64))
+        self.total += x.sum(0, dtype=torch.float64).cpu()
+        self.count += len(x)
+
+    def value(self) -> float:
+        return self.error / (self.square - float(self.total.square().sum()) / self.count)
+
+
+def loss_recovered(loss: float, clean: float, ablated: float) -> float:
+    """(L_ablated - L_sae) / (L_ablated - L_clean): 1 for a perfect reconstruction, 0 for the ablation."""
+    return (ablated - loss) / (ablated - clean)
+
+
+@torch.no_grad()
+def evaluate(
+    sae: MatryoshkaSAE,
+    model: LanguageModel,
+    split: dict[str, np.ndarray],
+    losses: Losses,
+    with_prefix0: bool = True,
+    at_hand: Lowered | None = None,
+) -> dict[str, Any]:
+    """Metrics of a folded SAE on the usable positions of ``split``, on which the model has ``losses``;
+    ``at_hand``: :func:`lower_all` of it.
+
+    Returns L0 {core, non_core, total} at the calibrated and at the EMA threshold, fvu by prefix size and
+    "full", ce_loss (nats, full reconstruction), loss_increase {prefix0, full} (nats, ce_loss - clean),
+    loss_recovered {prefix0, full} against zero ablation and loss_recovered_mean (full) against mean ablation,
+    dead (latents that never fired here), rare (the share of latents that fired on less than RARE of the
+    tokens), and the core's firing frequencies. ``with_prefix0``: the entries prefix0 are there.
+    """
+    fvus = [_FVU(sae.d_in) for _ in sae.prefixes]
+    fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)
+    ema = torch.zeros(2, dtype=torch.int64)
+    summed = {"prefix0": 0.0, "full": 0.0} if with_prefix0 else {"full": 0.0}
+    n_tokens = n_targets = 0
+    for tokens, lengths, resid in at_hand or lowered(model, split):
+        usable = model.usable(tokens, lengths, resid)
+        x = resid[usable]
+        a = sae.pre_activations(x)
+        f = sae.select(a)
+        fired += (f > 0).sum(0)
+        at_ema = sae.select(a, sae.threshold_ema) > 0
+        ema += torch.tensor([int(at_ema[:, : sae.n_core].sum()), int(at_ema.sum())])
+        n_tokens += len(x)
+        for j, fvu in enumerate(fvus):
+            xhat = sae.decode_prefix(f, j)
+            fvu.add(x, xhat)
+            # both, of a single prefix
+            wanted = [name for name in summed if j == (0 if name == "prefix0" else len(fvus) - 1)]
+            if wanted:
+                put = resid.clone()
+                put[usable] = xhat
+                loss, count = next_token_loss(model.upper(tokens, put), tokens, lengths, model.bos)
+                for name in wanted:
+                    summed[name] += float(loss)
+        n_targets += count
+    core_fired = fired[: sae.n_core]
+    l0_core, l0 = int(core_fired.sum()) / n_tokens, int(fired.sum()) / n_tokens
+    ema_core, ema_total = (ema / n_tokens).tolist()
+    names = [*map(str, sae.prefixes[:-1]), "full"]
+    ce = {name: value / n_targets for name, value in summed.items()}
+    frequency = (core_fired / n_tokens).tolist()
+    return {
+        "L0": {"core": l0_core, "non_core": l0 - l0_core, "total": l0},
+        "L0_ema": {"core": ema_core, "non_core": ema_total - ema_core, "total": ema_total},
+        "dead": int((fired == 0).sum()),
+        "rare": float((fired < RARE * n_tokens).float().mean()),
+        "tokens_tested": n_tokens,
+        "fvu": {name: fvu.value() for name, fvu in zip(names, fvus)},
+        "ce_loss": ce["full"],
+        "loss_increase": {name: value - losses.clean for name, value in ce.items()},
+        "loss_recovered": {
+            name: loss_recovered(value, losses.clean, losses.zero) for name, value in ce.items()
+        },
+        "loss_recovered_mean": loss_recovered(ce["full"], losses.clean, losses.mean),
+        "core_frequency": {
+            "mean": sum(frequency) / len(frequency),
+            "max": max(frequency),
+            "values": frequency,
+        }
+        if frequency
+        else None,
+    }

@@ -1,0 +1,211 @@
+"""How the paper's figures look: sizes, colours, labels, footnotes, and files without dates or random ids."""
+
+import io
+import textwrap
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, FormatStrFormatter, LogLocator, NullLocator
+
+from dmsae_lib.figures.house_style import DPI, MUTED, SMALL, in_house_style
+from dmsae_lib.report.results import Results
+from dmsae_lib.report.series import PLURAL, Look, by_k, units
+from dmsae_lib.report.verdicts import t_interval
+from dmsae_lib.store.atomic import write_bytes
+
+Row = dict[str, Any]
+SINGLE, DOUBLE = 3.3, 7.0  # inches: one and two columns of a paper
+HOLLOW = "hollow: unbound (core alone reaches k)"
+CYCLES = matplotlib.colormaps["viridis"]  # ordered: dark is early
+
+
+def cycle_colour(cycle: int, last: int) -> tuple:
+    return CYCLES(0.95 * cycle / max(last, 1))
+
+
+def styled(draw: Callable[[Results], Figure | None]) -> Callable[[Results], Figure | None]:
+    """Draw under the house style, whatever the caller's settings are."""
+
+    @wraps(draw)
+    def wrapper(results: Results) -> Figure | None:
+        with in_house_style():
+            return draw(results)
+
+    return wrapper
+
+
+class Picture(Figure):
+    """A figure that a notebook cell shows as it is, without pyplot and its global state."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with in_house_style():
+            self.savefig(buffer, format="png", dpi=DPI)
+        return buffer.getvalue()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    return Picture(figsize=(width, height), layout="constrained")
+
+
+def finish(figure: Figure, results: Results, caption: str, varied: str = "", source: str = "") -> Figure:
+    """Add the footnote (what error bars show, and from where: the summary, or ``source``) and keep the
+    caption as the figure's label."""
+    # no line break before the hash
+    source = source or f"{results.summary['config']} · summary\xa0{results.hash[:12]}"
+    note = f"{varied}\xa0· {source}" if varied else source
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(note, int(width / 0.056))
+    figure.text(
+        0.012, 0.02 / height, "\n".join(lines), fontsize=SMALL, color=MUTED, va="bottom", linespacing=1.2
+    )
+    room = (0.125 * len(lines) + 0.03) / height
+    figure.get_layout_engine().set(rect=(0, room, 1, 1 - room), w_pad=0.06, h_pad=0.04)
+    figure.set_label(f"{caption} {varied[:1].upper() + varied[1:] + '.' if varied else ''}".strip())
+    return figure
+
+
+def bars_note(drawn: list[tuple[Look, list[Row]]], mean: str = "points") -> str:
+    """The footnote's words on error bars (over how many of what, or why there are none) and on hollow
+    markers.
+
+    ``mean`` names the mark that shows the mean.
+    """
+    if not drawn:
+        return "not run"
+    found = [
+        units(group, lambda row: row["L0"]["total"]) for _, rows in drawn for group in by_k(rows).values()
+    ]
+    hollow = f"; {HOLLOW}" if any(row["unbound"] for _, rows in drawn for row in rows) else ""
+    fewest, most = min(len(values) for values, _ in found), {}
+    for values, varied in found:
+        most[varied] = max(most.get(varied, 0), len(values))
+    over = [f"{'up to ' * (n > fewest)}{n} {PLURAL[varied]}" for varied, n in most.items() if n > 1]
+    bars = (
+        f"{mean}: mean, bars: 95 % t interval over {' or '.join(over)}"
+        if over
+        else "one SAE each, no error bars"
+    )
+    return bars + hollow
+
+
+def missing(axes: Axes, text: str) -> None:
+    """Say in the panel what was not run, in place of axes."""
+    axes.set_axis_off()
+    axes.text(
+        0.5, 0.5, textwrap.fill(text, 28), ha="center", va="center", color=MUTED, transform=axes.transAxes
+    )
+
+
+def l0_axis(axes: Axes, ks: list[int]) -> None:
+    """Logarithmic L0 with ticks at the trained k's."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(ks))
+    axes.xaxis.set_major_formatter(FixedFormatter([str(k) for k in ks]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("measured L0 (active latents per token)")
+
+
+def face(colour: str, unbound: bool) -> Row:
+    """Marker style: filled with a white rim, or hollow where the SAE is unbound."""
+    return (
+        {"markerfacecolor": "white", "markeredgecolor": colour}
+        if unbound
+        else {"markerfacecolor": colour, "markeredgecolor": "white", "markeredgewidth": 0.4}
+    )
+
+
+def log_y(axes: Axes) -> None:
+    """Logarithmic, with a few labels in each decade, where every value allows it."""
+    if axes.dataLim.y0 > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 6)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def curve(
+    axes: Axes,
+    look: Look,
+    rows: list[Row],
+    value: Callable[[Row], float | None],
+    place: Callable[[Row], float] = lambda row: row["L0"]["total"],
+) -> bool:
+    """Mean and interval of ``value`` for each k, against ``place`` (measured L0); hollow where an SAE is
+    unbound.
+
+    Returns whether there was anything to draw.
+    """
+    name, colour, marker = look
+    points = []
+    for group in by_k(rows).values():
+        if values := units(group, value)[0]:
+            points.append(
+                (
+                    fmean(map(place, group)),
+                    fmean(values),
+                    t_interval(values),
+                    any(row["unbound"] for row in group),
+                )
+            )
+    if not points:
+        return False
+    points.sort(key=lambda point: point[0])
+    bound = [point for point in points if not point[3]]
+    axes.plot([p[0] for p in bound], [p[1] for p in bound], color=colour, zorder=2)
+    for x, mean, interval, unbound in points:
+        if interval:
+            axes.plot([x, x], interval, color=colour, linewidth=1, marker="_", markersize=4, zorder=3)
+        axes.plot([x], [mean], marker=marker, zorder=4, **face(colour, unbound))
+    axes.plot([], [], color=colour, marker=marker, label=name)
+    return True
+
+
+def bundle(axes: Axes, look: Look, chains: Iterable[dict[int, float]]) -> None:
+    """Values by cycle: each chain a thin line, their mean a thick one."""
+    name, colour, marker = look
+    chains = list(chains)
+    for values in chains if len(chains) > 1 else ():
+        axes.plot(list(values), list(values.values()), color=colour, linewidth=0.6, alpha=0.6, zorder=2)
+    cycles = sorted({cycle for values in chains for cycle in values})
+    axes.plot(
+        cycles,
+        [fmean(values[cycle] for values in chains if cycle in values) for cycle in cycles],
+        color=colour,
+        marker=marker,
+        label=name,
+        zorder=3,
+        markeredgecolor="white",
+        markeredgewidth=0.4,
+    )
+
+
+def settle(figure: Figure) -> None:
+    """Lay the figure out once and round the places of its axes.
+
+    The layout's solver goes by the order of objects in memory, so its last digits vary, and ids in an SVG are
+    hashes of them.
+    """
+    figure.draw_without_rendering()
+    places = [axes.get_position(original=True).bounds for axes in figure.axes]
+    figure.set_layout_engine("none")
+    for axes, place in zip(figure.axes, places):
+        axes.set_position([round(value, 5) for value in place], which="original")
+
+
+def save(figure: Figure, folder: Path, name: str, results: Results) -> None:
+    """PNG and SVG that are the same bytes whenever the same summary is drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"Title": name, "Description": f"{figure.get_label()} Summary sha256 {results.hash}."}
+    with in_house_style():
+        settle(figure)
+        for ending, unsaid in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=ending, dpi=DPI, metadata={**about, **unsaid})
+            write_bytes(folder / f"{name}.{ending}", buffer.getvalue())

@@ -1,0 +1,127 @@
+"""Whether a run is in a regime where a core can mean something: gates, and the rule for the learning rate.
+
+The bounds are method, section 7. A run outside them is no failure of the code, but its verdicts say little:
+they are part of the summary, and tests hold cycle 0 of the published runs to them.
+"""
+
+import math
+from statistics import fmean
+from typing import Any
+
+from dmsae_lib.config import RunConfig
+from dmsae_lib.report.verdicts import t_interval
+
+Row = dict[str, Any]
+FREQUENCY = 0.3  # median share of tokens on which a chosen candidate fires
+SPARSITY = 0.25  # k / d_in; the paper has .14
+RARE_LATENTS = 1 / 3  # share of latents that fire on fewer than 1 in 1000 tokens
+CORE_SHARE = 0.75  # c / k of a core that is exempt from selection: above it the free latents starve
+# by what share FVU may still fall from one quarter of the steps before the rate decays to the next
+FLAT = 0.10
+
+
+def still_falling(history: list[dict[str, str]], decay: float) -> float:
+    """By what share the FVU of the training batches falls from the third to the last quarter of the steps
+    before the decay.
+
+    ``history`` is that of a training; batches are noisy, so each end is the mean over a quarter. 1 where no
+    batch has an FVU.
+    """
+    begins = (1 - decay) * float(history[-1]["step"])
+    known = [(float(row["step"]), fvu) for row in history if math.isfinite(fvu := float(row["fvu"]))]
+    before = [fvu for step, fvu in known if step <= begins] or [fvu for _, fvu in known[:1]]
+    if not before:
+        return 1.0
+    n = max(1, len(before) // 4)
+    early, late = fmean(before[-2 * n : -n] or before[-1:]), fmean(before[-n:])
+    return 1 - late / early if early else 0.0
+
+
+def gates(
+    config: RunConfig, d_in: int, metrics: Row, history: list[dict[str, str]], attribution: Row
+) -> list[Row]:
+    """[{gate, value, bound, ok}] of cycle 0; a bound of None: reported, not judged.
+
+    ``metrics`` and ``history`` are the SAE's, ``attribution`` its record.
+    """
+    chosen = attribution["core"]
+    found = [
+        ("median frequency of the chosen candidates", chosen["frequency"], FREQUENCY),
+        (
+            "share of the candidates that the coverage needs",
+            chosen["selected"] / attribution["candidates"],
+            None,
+        ),
+        ("k / d_in", config.training.k / d_in, SPARSITY + 1e-9),
+        ("share of latents that fire on fewer than 1 in 1000 tokens", metrics["rare"], RARE_LATENTS),
+        (
+            "share by which FVU still falls before the decay",
+            still_falling(history, config.training.decay),
+            FLAT,
+        ),
+    ]
+    return [_gate(*gate) for gate in found]
+
+
+def _gate(name: str, value: float, bound: float | None) -> Row:
+    return {"gate": name, "value": value, "bound": bound, "ok": bound is None or value < bound}
+
+
+def compared_gates(k: int, exempt: list[int], retrained: list[Row]) -> list[Row]:
+    """Gates on what is compared: [{gate, value, bound, ok}].
+
+    ``exempt``: core sizes of cycle 0 in the chains whose core is exempt from selection. ``retrained``: rows
+    of the main kind of chain, {core, k, rare}.
+    """
+    found = (
+        [("latents of a core that is exempt from selection, per k", max(exempt) / k, CORE_SHARE)]
+        if exempt
+        else []
+    )
+    for at in sorted({row["k"] for row in retrained}):
+        for arm, name in (("none", "no core"), ("distilled", "the distilled core")):
+            if rare := [row["rare"] for row in retrained if (row["core"], row["k"]) == (arm, at)]:
+                found.append(
+                    (
+                        f"share of rare latents after retraining with {name} at k = {at}",
+                        fmean(rare),
+                        RARE_LATENTS,
+                    )
+                )
+    return [_gate(*gate) for gate in found]
+
+
+def choose_rate(table: list[Row]) -> float | None:
+    """The rule of notebook 09: of the rates that leave neither kind of SAE more than RARE_LATENTS rare, that
+    of the lowest mean loss increase.
+
+    ``table`` has a row per rate and SAE: {lr, with_core, rare, loss_increase}. None where no rate is
+    eligible.
+    """
+    eligible = {}
+    for lr in dict.fromkeys(row["lr"] for row in table):
+        kinds = [
+            [row for row in table if row["lr"] == lr and row["with_core"] is kind] for kind in (False, True)
+        ]
+        if all(fmean(row["rare"] for row in kind) < RARE_LATENTS for kind in kinds):
+            eligible[lr] = fmean(fmean(row["loss_increase"] for row in kind) for kind in kinds)
+    return min(eligible, key=eligible.get, default=None)
+
+
+def core_by_rate(table: list[Row]) -> list[Row]:
+    """What the core adds to the loss at each rate, and with each kind of SAE at its own best one, whatever it
+    leaves rare.
+
+    [{lr, lr_core, difference, interval}]: SAE with the core minus that without, paired by ``seed``; the last
+    row is of the best.
+    """
+    loss = {(row["lr"], row["with_core"], row["seed"]): row["loss_increase"] for row in table}
+    rates, seeds = sorted({row["lr"] for row in table}), sorted({row["seed"] for row in table})
+    best = [
+        min(rates, key=lambda lr: fmean(loss[lr, kind, seed] for seed in seeds)) for kind in (False, True)
+    ]
+    rows = []
+    for lr, lr_core in [*((lr, lr) for lr in rates), tuple(best)]:
+        gains = [loss[lr_core, True, seed] - loss[lr, False, seed] for seed in seeds]
+        rows.append({"lr": lr, "lr_core": lr_core, "difference": fmean(gains), "interval": t_interval(gains)})
+    return rows

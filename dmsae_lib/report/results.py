@@ -1,0 +1,91 @@
+"""What a summary must look like, and where published ones lie.
+
+``summary.schema.json`` (JSON Schema 2020-12) fixes the shape; :func:`validate` adds what a schema cannot say.
+"""
+
+import csv
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dmsae_lib.store.artifacts import ArtifactError, UserError, load
+
+Row = dict[str, Any]
+
+
+@cache
+def schema() -> Row:
+    return json.loads(Path(__file__).with_name("summary.schema.json").read_text(encoding="utf-8"))
+
+
+def validate(summary: Row) -> None:
+    """Check a summary against the schema, and that cycles are complete and origins and L0 add up.
+
+    Raises UserError, one sentence with the place in the file.
+    """
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    if error := best_match(Draft202012Validator(schema()).iter_errors(summary)):
+        raise UserError(f"summary.json does not follow its schema at {error.json_path}: {error.message}.")
+    last = summary["sizes"]["n_cycles"]
+    chains = {"cycles": summary["cycles"]}
+    chains |= {f"chains.{name}": chain["cycles"] for name, chain in summary["chains"].items()}
+    for place, rows in chains.items():
+        if [row["cycle"] for row in rows] != list(range(last + 1)):
+            raise UserError(f"summary.json, {place}: there must be one row per cycle, 0 to {last}.")
+        for row in rows:
+            if sum(row["origins"].values()) != row["core_out"]:
+                raise UserError(
+                    f"summary.json, {place}: origins do not add up to core_out in cycle {row['cycle']}."
+                )
+    keys = [(row["chain"], row["k"], row["core"], row["seed"]) for row in summary["retrain"]]
+    if len(set(keys)) < len(keys):
+        raise UserError("summary.json, retrain: two rows have the same chain, k, core and seed.")
+    for row in [row for rows in [*chains.values(), summary["retrain"]] for row in rows]:
+        core, rest, total = (row["L0"][part] for part in ("core", "non_core", "total"))
+        if abs(core + rest - total) > 0.01 * max(1.0, total):
+            raise UserError(
+                f"summary.json: the L0 total {total} is not the sum of core {core} and non_core {rest}."
+            )
+
+
+def stage_kind(name: str) -> str:
+    """harvest, train, attribute, distill, learning_rate, retrain, saebench ... from the name of a stage or
+    its notebook."""
+    words = name.split("_")  # cycle_3_train, chain_x_cycle_3_train, chain_x_retrain
+    return words[-1] if "cycle" in words or words[0] == "chain" else name
+
+
+class Results:
+    """A published results folder: summary.json (validated), its sha256, and the files beside it.
+
+    ``made`` says how the stages were made: {commits, versions, hardware, seconds}. Raises UserError where the
+    summary is missing, or any file beside it is not as it was published.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        path = self.folder / "summary.json"
+        if not path.is_file():
+            raise UserError(f"There is no {path}: run `make reproduce`, then `make publish`.")
+        try:
+            published = load(self.folder, "summary")
+        except ArtifactError as error:
+            mended = "make mend" in error.remedy  # it lies in a run's folder
+            raise ArtifactError(
+                error.what, error.remedy if mended else "run `make publish` to write it again"
+            ) from error
+        self.hash = published.files["summary.json"]
+        self.summary: Row = published.json("summary.json")
+        validate(self.summary)
+        self.made: Row = published.provenance["stages"]
+
+    def table(self, name: str) -> list[dict[str, str]]:
+        """The rows of a CSV file beside the summary; raises UserError where it is missing."""
+        path = self.folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing beside summary.json: run `make publish` to write it again.")
+        with open(path, newline="", encoding="utf-8") as handle:
+            return list(csv.DictReader(handle))

@@ -1,0 +1,162 @@
+"""SAEBench in the summary: each SAE's numbers, which evals ran and why the others did not, and DMSAE minus
+baseline.
+
+Two kinds of error bars are kept apart. *Training seeds*: every SAE scored with the first evaluation seed, the
+difference to the same-seed baseline at measured L0 (:func:`dmsae_lib.report.equal_l0.advantage`), t interval
+over the seeds. *Evaluation seeds*: the SAEs of the first training seed scored again on other texts, splits
+and probes; the difference at equal k, t interval over these draws. Both are about one distilled core, the
+main chain's.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from dmsae_lib.report.equal_l0 import advantage
+from dmsae_lib.report.verdicts import t_interval
+from dmsae_lib.saebench import EVALS, IMPORTED, REPRODUCED, Task
+
+Row = dict[str, Any]
+Results = dict[Task, Row]
+
+# What is compared, with its label and which direction is better (0: neither). SCR and TPP at 20 latents, as
+# sae_bench displays them; full absorption, because the fraction score was redefined between versions (method,
+# section 9).
+HEADLINES: dict[str, tuple[str, int]] = {
+    "loss_increase": ("loss increase (ours)", -1),
+    "ce_loss_score": ("CE loss score", 1),
+    "fvu": ("FVU (ours)", -1),
+    "explained_variance_legacy": ("explained variance", 1),
+    "probe_top1": ("sparse probing, top 1", 1),
+    "probe_top5": ("sparse probing, top 5", 1),
+    "absorption.mean_full_absorption_score": ("full absorption", -1),
+    "tpp.tpp_threshold_20_total_metric": ("TPP, 20 latents", 1),
+    "scr.scr_metric_threshold_20": ("SCR, 20 latents", 1),
+    "tpp_hub.tpp_threshold_20_total_metric": ("TPP, 20 latents, sae_bench's data", 1),
+    "scr_hub.scr_metric_threshold_20": ("SCR, 20 latents, sae_bench's data", 1),
+    "sparse_probing_hub.sae_top_1_test_accuracy": ("sparse probing, top 1, sae_bench's data", 1),
+    "meta_structure.above_random_rows": ("meta-structure above random rows", 0),
+    "ravel.disentanglement_score": ("RAVEL disentanglement", 1),
+    "autointerp.autointerp_score": ("automated interpretability", 1),
+    "unlearning.unlearning_score": ("unlearning", 1),
+}
+
+
+WITH_OUTLIERS = (
+    "core",
+    "core_hub",
+)  # sae_bench's core eval knows which token an id is, not how large its residual
+OF_CORE = ("ce_loss_score", "explained_variance_legacy")
+
+
+def numbers(name: str, result: Row) -> dict[str, float | None]:
+    """The metrics of one eval; those that are not part of ``make reproduce`` carry the eval's name."""
+    return {
+        metric if name in REPRODUCED else f"{name}.{metric}": value
+        for metric, value in result["metrics"].items()
+    }
+
+
+def by_sae(results: Results) -> dict[tuple[int, str, int], Row]:
+    """{(k, arm, training seed): its numbers} by the first evaluation seed of each eval."""
+    found: dict[tuple[int, str, int], Row] = {}
+    for task, result in results.items():
+        row = found.setdefault(task[:3], {})
+        row |= {metric: value for metric, value in numbers(task.name, result).items() if metric not in row}
+    return found
+
+
+def score_rows(results: Results) -> list[Row]:
+    """saebench_scores.csv: one line per SAE, eval, evaluation seed and metric; or the reason why there is
+    none, and what the ground-truth probes of absorption reach (F1 by letter), by which it is decided whether
+    it can be run."""
+    found = []
+    for task, result in results.items():
+        values = result["metrics"] | {
+            f"probe_f1.{letter}": f1 for letter, f1 in result.get("probe_f1", {}).items()
+        }
+        if "not_run" in result:
+            values["not_run"] = result["not_run"]
+        found += [task._asdict() | {"metric": metric, "value": value} for metric, value in values.items()]
+    return found
+
+
+def eval_rows(results: Results, asked: Iterable[str], outliers: float) -> dict[str, Row]:
+    """{eval: {needs, doubt, scores, not_run}}: how many results there are, or why there is none.
+
+    ``outliers`` is their share of the test split, which the core eval scores as anything else.
+    """
+    asked, found = set(asked), {}
+    for name, row in EVALS.items():
+        mine = [result for task, result in results.items() if task.name == name]
+        ran = [result for result in mine if "not_run" not in result]
+        reasons = [result["not_run"] for result in mine if "not_run" in result]
+        if not mine:
+            reasons = [
+                "`make saebench` was not run" if name in asked else "the configuration does not ask for it"
+            ]
+        doubt = (
+            f"counts the outliers, {outliers:.2%} of the tokens"
+            if name in WITH_OUTLIERS and outliers
+            else row.doubt
+        )
+        found[name] = {
+            "needs": row.needs,
+            "doubt": doubt,
+            "scores": len(ran),
+            "not_run": None if ran else reasons[0],
+        }
+    return found
+
+
+def differences(rows: list[Row], results: Results, outliers: float) -> list[Row]:
+    """The main chain's DMSAE minus its baseline for each headline metric and k: {metric, label, better,
+    doubted, k, value, interval, n, sign, evaluation}.
+
+    ``sign`` is "+" or "-" where the interval over training seeds excludes 0, else "?"; ``evaluation`` =
+    {value, interval, n} over evaluation seeds, or None below two of them.
+    """
+    found, rows = [], [row for row in rows if row["chain"] == "main"]
+    for metric, (label, better) in HEADLINES.items():
+        name = metric.partition(".")[0]
+        doubted = name in EVALS and bool(EVALS[name].doubt) or metric in OF_CORE and outliers > 0
+        for k in sorted({row["k"] for row in rows}):
+            gains = list(advantage(rows, "distilled", k, metric).values())
+            if gains:
+                interval = t_interval(gains)
+                sign = (
+                    "?"
+                    if interval is None or interval[0] <= 0 <= interval[1]
+                    else "+"
+                    if interval[0] > 0
+                    else "-"
+                )
+                found.append(
+                    {
+                        "metric": metric,
+                        "label": label,
+                        "better": better,
+                        "doubted": doubted,
+                        "k": k,
+                        "value": sum(gains) / len(gains),
+                        "interval": interval,
+                        "n": len(gains),
+                        "sign": sign,
+                        "evaluation": _over_draws(metric, k, results),
+                    }
+                )
+    return found
+
+
+def _over_draws(metric: str, k: int, results: Results) -> Row | None:
+    first = min((task.seed for task in results if task.k != IMPORTED), default=0)
+    pairs: dict[int, dict[str, float]] = {}
+    for task, result in results.items():
+        value = numbers(task.name, result).get(metric)
+        if (task.k, task.seed) == (k, first) and value is not None:
+            pairs.setdefault(task.eval_seed, {})[task.arm] = value
+    gains = [
+        pair["distilled"] - pair["none"] for pair in pairs.values() if {"distilled", "none"} <= pair.keys()
+    ]
+    if len(gains) < 2:
+        return None
+    return {"value": sum(gains) / len(gains), "interval": t_interval(gains), "n": len(gains)}

@@ -1,0 +1,157 @@
+"""SAEBench's automated interpretability: a language model explains latents from examples, then tells where
+they fire.
+
+Any endpoint that speaks OpenAI's chat completions can judge. The key comes from the environment variable
+OPENAI_API_KEY and goes to the client alone: sae_bench, which only knows api.openai.com and gpt-4o-mini, never
+sees it. The examples are tokens of our own, where sae_bench downloads the Pile.
+"""
+
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from dmsae_lib.data.language_model import LanguageModel
+from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.saebench.adapter import Adapter, NotRun, cache_name, our_model, undisturbed
+from dmsae_lib.saebench.official import LLM_BATCH_TOKENS, finite, only_result
+from dmsae_lib.store.artifacts import UserError
+
+KEY = "OPENAI_API_KEY"
+RETRIES = 5  # of the client, for busy endpoints (429, 5xx) and lost connections: 15 s in all
+
+
+class Judge:
+    """What sae_bench takes for ``openai.OpenAI``: the same requests go to the chosen endpoint and model.
+
+    After a ``failure`` no more is asked, and what sae_bench gets instead of answers is of no use. (It has the
+    requests for all latents in a queue by then.)
+    """
+
+    def __init__(self, base_url: str, model: str):
+        from openai import OpenAI
+
+        self.client = OpenAI(api_key=os.environ[KEY], base_url=base_url, max_retries=RETRIES)
+        self.model, self.requests, self.failure = model, [], ""
+        self.chat = SimpleNamespace(completions=SimpleNamespace(create=self.create))
+
+    def create(self, **request: Any) -> Any:
+        nothing = SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=""))])
+        if self.failure:
+            return nothing
+        self.requests.append(request["max_tokens"])
+        try:
+            answer = self.client.chat.completions.create(**request | {"model": self.model})
+        # an endpoint may quote the key in what it says, so nothing of that is passed on
+        except Exception as error:
+            code = getattr(error, "status_code", None)
+            self.failure = (
+                f"its judge failed with {type(error).__name__}{f' ({code})' if code else ''}: check "
+                f"the endpoint, the model {self.model} and the key in {KEY}"
+            )
+            return nothing
+        if answer.choices[0].message.content is None:
+            self.failure = (
+                f"its judge {self.model} gave no text in {request['max_tokens']} tokens: take a model that "
+                "does not "
+                "reason first"
+            )
+            return nothing
+        return answer
+
+
+def run_autointerp(
+    sae: MatryoshkaSAE,
+    model: LanguageModel,
+    tokens: np.ndarray,
+    seed: int,
+    base_url: str,
+    judge_model: str,
+    n_latents: int = 1000,
+) -> dict[str, Any]:
+    """sae_bench's autointerp score: of 14 examples, the share of which a judge tells rightly whether the
+    latent fires.
+
+    ``tokens``: (rows, context) with BOS first; rows that end in padding (BOS) are left out. ``n_latents``
+    (sae_bench's default; two requests each) are drawn from the latents that fire more than 15 times on
+    ``tokens``. A judge who always says "none" scores 10/14: sae_bench counts each of the 10 random examples
+    as silent, even where the latent fires.
+
+    Returns ``{"metrics": {autointerp_score, autointerp_std_dev (over latents; None for one)}, "judge_model",
+    "n_latents" (explained), "n_scored" (whose predictions could be read), "latents": {latent: {explanation,
+    score}}}``. Raises NotRun without a key, where the judge fails, or where there is nothing to judge.
+    """
+    if not os.environ.get(KEY):
+        raise NotRun(f"it needs the key of an OpenAI-compatible endpoint in the environment variable {KEY}")
+    from sae_bench.evals.autointerp import main
+
+    adapter = Adapter(sae, model)
+    rows = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
+    rows = rows[rows[:, -1] != model.bos]
+    config = main.AutoInterpEvalConfig(
+        model_name=cache_name(model),
+        random_seed=seed,
+        n_latents=n_latents,
+        total_tokens=rows.numel(),
+        llm_context_size=rows.shape[1],
+        llm_batch_size=max(1, LLM_BATCH_TOKENS // rows.shape[1]),
+        llm_dtype=adapter.cfg.dtype,
+    )
+    if rows.shape[1] <= 2 * config.buffer or not len(rows):
+        raise UserError(
+            f"autointerp got {len(rows)} full rows of {rows.shape[1]} tokens: it needs some of more than "
+            f"{2 * config.buffer}; raise data.test_tokens or model.context_size."
+        )
+    judge = Judge(base_url, judge_model)
+    with (
+        undisturbed(),
+        our_model(model),
+        patch.object(main, "OpenAI", lambda api_key: judge),
+        tempfile.TemporaryDirectory() as scratch,
+        ThreadPoolExecutor(1) as own,
+    ):
+        artifacts = Path(scratch) / "autointerp"
+        artifacts.mkdir()
+        torch.save(
+            rows,
+            artifacts / f"{config.model_name}_{config.total_tokens}_tokens_{config.llm_context_size}_ctx.pt",
+        )
+        own.submit(torch.set_num_threads, 1)
+        # In a thread of its own, because it calls asyncio.run, which a notebook's refuses.
+        results = own.submit(
+            main.run_eval,
+            config,
+            [("dmsae", adapter)],
+            str(adapter.device),
+            "",
+            f"{scratch}/results",
+            artifacts_path=scratch,
+        ).result()
+    if judge.failure:
+        raise NotRun(judge.failure)
+    found = only_result(results, "autointerp")
+    latents, n_explained = found["eval_result_unstructured"], len(judge.requests) // 2
+    if not latents:
+        raise NotRun(
+            f"no latent fires often enough on {rows.numel()} tokens"
+            if not n_explained
+            else f"none of the answers of {judge_model} about {n_explained} latents could be read"
+        )
+    key = os.environ[KEY]
+    known = {
+        str(latent): {"explanation": one["explanation"].replace(key, "..."), "score": one["score"]}
+        for latent, one in sorted(latents.items())
+    }
+    return {
+        "metrics": finite(found["eval_result_metrics"]["autointerp"]),
+        "judge_model": judge_model,
+        "n_latents": n_explained,
+        "n_scored": len(latents),
+        "latents": known,
+    }

@@ -1,0 +1,253 @@
+"""Files and folders that are replaced whole or not at all, whatever comes between: a kill, a full disk, a
+power cut.
+
+Everything new is written beside its place under a hidden name, forced to the disk, and renamed. What a killed
+process leaves behind carries one of the endings in ``LEFT_OVER`` and is found again by :func:`sweep`.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+LEFT_OVER = (".writing", ".old", ".removed", ".tmp", ".running.ipynb")  # of hidden names
+SCRATCH = ".scratch-"  # a hidden name that starts so is of use to its process alone
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message is one sentence that says what and how."""
+
+
+REASONS = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again",
+    errno.EFBIG: "the file size limit is reached: raise it (ulimit -f) and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+    errno.EACCES: "there is no permission to write there: change the folder's permissions or the run's place",
+    errno.EPERM: "there is no permission to write there: change the folder's permissions or the run's place",
+    errno.EROFS: "the file system is read-only: clone the repository to a place that can be written",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+}
+
+
+def _error_number(error: Exception) -> int | None:
+    """The error number of a failed write, also where safetensors puts it: in its text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = (
+        re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    )
+    return int(found[1]) if found else None
+
+
+@contextlib.contextmanager
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn the failures of writing to ``path`` that the user can mend into one sentence, a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if reason := REASONS.get(_error_number(error)):
+            raise UserError(f"Cannot write {path}: {reason}.") from error
+        raise
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def flush(*paths: Path) -> None:
+    """Force files, and folders as lists of names, to the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As :func:`write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, so that a reader sees the old content or the new. Raises UserError."""
+    temporary = _beside(path, "tmp")
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def json_text(value: Any) -> str:
+    """The one way in which we write a value as JSON. ValueError for NaN and Inf, which JSON does not have."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As :func:`write_text`; NaN is refused with a ValueError, and the old file stays."""
+    write_text(path, json_text(value))
+
+
+def delete(path: Path) -> None:
+    """Remove a folder, a file, or a link (never what it points to); nothing happens where there is none.
+
+    A folder first loses its name, so that a kill halfway leaves no half of it where the whole is looked for.
+    """
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    gone = path if path.name.endswith(".removed") else _beside(path, "removed")
+    if gone != path:
+        delete(gone)
+        os.replace(path, gone)
+    shutil.rmtree(gone)
+
+
+def recover(folder: Path) -> None:
+    """After a kill between the two renames of a replacement the old folder is still whole: put it back."""
+    old = _beside(folder, "old")
+    if not folder.exists() and old.exists():
+        os.replace(old, folder)
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether ``path`` still leads to what was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def hold(path: Path, opened: Callable[[], int]) -> int | None:
+    """Open ``path`` by ``opened`` and lock it for this process; None where a living process has it.
+
+    The kernel holds the lock (flock) and frees it when the last process with the descriptor ends, however
+    that ends. On a file system without such locks nothing is held.
+    """
+    while True:
+        descriptor = opened()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            return descriptor
+        if _same(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # deleted or renamed by its last holder, just before we had the lock
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder`` to fill, for this process alone; removed at the end unless it was
+    renamed.
+
+    Raises UserError where a living process is filling it.
+    """
+    place = _beside(folder, "writing")
+
+    def opened() -> int:
+        while True:
+            place.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(place, os.O_RDONLY)
+
+    descriptor = hold(place, opened)
+    if descriptor is None:
+        raise UserError(f"{folder} is being written by another process: wait until that has ended.")
+    try:
+        for left in place.iterdir():  # by a writer that was killed
+            delete(left)
+        yield place
+    finally:
+        if _same(descriptor, place):
+            shutil.rmtree(place, ignore_errors=True)
+        os.close(descriptor)
+
+
+def put(new: Path, folder: Path) -> None:
+    """Let the finished folder ``new`` take the place of ``folder``."""
+    old = _beside(folder, "old")
+    flush(*(path for path in new.rglob("*") if not path.is_symlink()), new)
+    recover(folder)
+    delete(old)
+    if folder.exists() or folder.is_symlink():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    flush(folder.parent)
+    delete(old)
+
+
+@contextlib.contextmanager
+def replacing(folders: list[Path]) -> Iterator[list[Path]]:
+    """New versions of ``folders`` are filled inside the block and take their places together, or not at all.
+
+    A kill between the first rename and the last is undone by the next call.
+    """
+    new, old = ([_beside(folder, ending) for folder in folders] for ending in ("new", "old"))
+
+    def back() -> None:
+        for folder, before in zip(folders, old):
+            if before.exists():
+                delete(folder)
+                os.replace(before, folder)
+
+    try:
+        back()
+        for path in new:
+            delete(path)
+            path.mkdir(parents=True)
+        yield new
+        for path in new:
+            flush(*path.rglob("*"), path)
+        made = [folder for folder in folders if not folder.exists()]
+        try:
+            for i, folder in enumerate(folders):
+                if folder.exists():
+                    os.replace(folder, old[i])
+                os.replace(new[i], folder)
+        except BaseException:
+            for folder in made:
+                delete(folder)
+            back()
+            raise
+        flush(*{folder.parent for folder in folders})
+        for path in old:
+            delete(path)
+    finally:
+        for path in new:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what killed processes left below ``folder``, and put back what they had only moved aside.
+
+    What a living process is writing is left alone.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            if not (name.startswith(".") and name.endswith(LEFT_OVER) or name.startswith(SCRATCH)):
+                continue
+            path = Path(place, name)
+            if name in folders:
+                folders.remove(name)
+            if name.endswith(".old"):
+                recover(path.with_name(name[1:].removesuffix(".old")))
+            held = hold(path, lambda path=path: os.open(path, os.O_RDONLY)) if path.exists() else None
+            if held is not None:
+                delete(path)
+                os.close(held)

@@ -1,0 +1,338 @@
+"""The plan: which stages there are, what a change makes stale, and that two runs do not get into each other's
+way."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from clone import ROOT, TOY, make, make_clone, planned, write_script
+
+from dmsae_lib.command.plan import stages
+from dmsae_lib.command.run_notebook import check_parameters, parameters_of
+from dmsae_lib.config import RunConfig, load_config
+from dmsae_lib.config.lock import lock
+from dmsae_lib.config.run import open_run
+from dmsae_lib.store.artifacts import UserError
+
+CYCLES = [f"cycle_{t}_{step}" for t in (0, 1) for step in ("train", "attribute", "distill")]
+END = ["retrain", "saebench", "summary"]
+ALL = ["harvest", *CYCLES, "learning_rate", *END]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> Path:
+    return make_clone(tmp_path_factory.mktemp("plan") / "a clone")
+
+
+def pretend(clone: Path, run: str, overrides: tuple[str, ...] = (), suite: bool = False) -> Path:
+    """Leave the run as if every stage (with ``suite`` also the optional one) had been made, in order, some
+    time ago."""
+    folder = clone / "runs" / run
+    found = stages(open_run(str(clone / "configs" / "toy.yaml"), run, overrides).config)
+    for n, stage in enumerate(stage for stage in found if suite or not stage.optional):
+        made = time.time() - 1000 + n
+        for path in (folder / stage.artefact / "manifest.json", folder / "notebooks" / f"{stage.name}.ipynb"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+            os.utime(path, (made, made))
+        os.utime(folder / "params" / f"{stage.name}.json", (made - 2000, made - 2000))
+    for path in (clone / "notebooks").iterdir():
+        os.utime(path, (0, 0))
+    return folder
+
+
+@pytest.fixture
+def done(fresh) -> Path:
+    """A clone whose run ``trial`` is complete."""
+    planned(fresh, "RUN=trial")  # writes the parameters files
+    pretend(fresh, "trial")
+    assert planned(fresh, "RUN=trial") == []
+    yield fresh
+    make(fresh, "clean", "RUN=trial")
+
+
+def test_stages_come_parents_first_and_only_from_the_configuration():
+    config = RunConfig.model_validate(TOY | {"name": "toy"})
+    assert [stage.name for stage in stages(config) if not stage.optional] == ALL
+    made = set()
+    for stage in stages(config):
+        assert set(stage.parents) <= made
+        made.add(stage.artefact)
+
+
+def test_a_chain_has_cycles_of_its_own_that_share_the_harvest():
+    chain = {"name": "other", "seed": 5, "core_sparsity": "batchtopk"}
+    config = RunConfig.model_validate(TOY | {"name": "toy", "distill": {"cycles": 1, "chains": [chain]}})
+    found = {stage.name: stage for stage in stages(config)}
+    train = found["chain_other_cycle_1_train"]
+    assert train.artefact == "chain_other/cycle_1/sae" and train.parents == (
+        "harvest",
+        "chain_other/cycle_0/core",
+    )
+    assert train.parameters == {"cycle": 1, "chain": "other"}
+    assert (train.slice["seed"], train.slice["training"]["core_sparsity"]) == (5, "batchtopk")
+    assert found["cycle_1_train"].slice["seed"] == 0
+    assert "chain_other/cycle_1/core" in found["summary"].parents
+
+
+def test_every_notebook_has_the_parameters_that_its_stages_give():
+    other = {"name": "other", "seed": 1, "retrain": ["distilled"]}
+    config = RunConfig.model_validate(TOY | {"name": "toy", "distill": {"cycles": 1, "chains": [other]}})
+    for stage in stages(config):
+        notebook = nbformat.read(ROOT / "notebooks" / f"{stage.notebook}.ipynb", as_version=4)
+        given = {"config": "toy", "run": "toy"} | {
+            name: str(value) for name, value in stage.parameters.items()
+        }
+        check_parameters(given, parameters_of(notebook, stage.notebook), stage.notebook)
+
+
+def test_a_dry_run_lists_the_whole_experiment_in_order(fresh):
+    assert planned(fresh) == ALL
+    listing = make(fresh, "-n", "stages").stdout
+    assert (
+        "run_notebook notebooks/02_train_cycle.ipynb runs/toy/notebooks/cycle_1_train.ipynb "
+        "--makes runs/toy/cycle_1/sae/manifest.json -p config toy -p run toy -p cycle 1"
+    ) in listing
+    assert planned(fresh, "STAGE=cycle_0_attribute") == ["harvest", "cycle_0_train", "cycle_0_attribute"]
+
+
+CHANGES = {
+    "seed=1": [*CYCLES, "learning_rate", *END],
+    "training.lr=0.002": [*CYCLES, "learning_rate", *END],
+    "sae.prefixes=[8,16]": [*CYCLES, "learning_rate", *END],
+    "distill.coverage=0.8": [*CYCLES[1:], "learning_rate", *END],
+    "distill.final_core=all_of_last": END,
+    "distill.cycles=2": ["cycle_2_train", "cycle_2_attribute", "cycle_2_distill", *END],
+    "retrain.seeds=[0,1]": END,
+    "retrain.ks=[4,8,16]": END,
+    'retrain.controls={"random":1}': END,
+    "saebench.probing_ks=[1]": ["saebench", "summary"],
+    "saebench.suite.ks=[4]": ["summary"],
+    "training.checkpoint_seconds=5": ["summary"],
+    "training.together=2": ["summary"],
+    "data.train_tokens=2000": ALL,
+}
+
+
+@pytest.mark.parametrize("override", CHANGES)
+def test_a_changed_setting_remakes_exactly_what_depends_on_it(done, override):
+    assert sorted(planned(done, "RUN=trial", f"SET={override}")) == sorted(CHANGES[override])
+
+
+def test_parameters_files_are_left_alone_while_nothing_changes(done):
+    files = sorted((done / "runs" / "trial").glob("params/*.json")) + [done / "runs" / "trial" / "plan.mk"]
+    before = [path.stat().st_mtime_ns for path in files]
+    assert planned(done, "RUN=trial") == []
+    # the optional stage has one too
+    assert [path.stat().st_mtime_ns for path in files] == before and len(files) == len(ALL) + 2
+
+
+def test_a_changed_notebook_an_unfinished_one_and_a_lost_artefact_are_remade(done):
+    run = done / "runs" / "trial"
+    (done / "notebooks" / "06_saebench.ipynb").touch()
+    assert planned(done, "RUN=trial") == ["saebench", "summary"]
+    pretend(done, "trial")
+    (run / "notebooks" / "saebench.ipynb").unlink()
+    assert planned(done, "RUN=trial") == ["saebench", "summary"]
+    pretend(done, "trial")
+    (run / "retrain" / "index" / "manifest.json").unlink()
+    assert planned(done, "RUN=trial") == END
+
+
+def test_the_suite_is_made_on_request_and_then_kept_up_to_date(done):
+    assert planned(done, "RUN=trial", "STAGE=saebench_suite") == ["saebench_suite"]
+    pretend(done, "trial", suite=True)
+    assert planned(done, "RUN=trial") == []
+    # what could not be run may run now
+    assert planned(done, "RUN=trial", "STAGE=saebench_suite") == ["saebench_suite"]
+    assert planned(done, "RUN=trial", "SET=saebench.suite.ks=[4]") == ["saebench_suite", "summary"]
+    retrained = planned(done, "RUN=trial", "SET=distill.final_core=all_of_last")
+    assert sorted(retrained) == sorted([*END, "saebench_suite"]) and retrained[-1] == "summary"
+
+
+def test_an_override_computes_elsewhere_and_notebooks_read_its_resolved_settings(fresh):
+    listing = make(fresh, "-n", "stages", "SET=training.k=16 seed=3").stdout
+    (folder,) = [path for path in (fresh / "runs").iterdir() if path.name.startswith("toy--")]
+    assert f"-p config runs/{folder.name}/config.yaml -p run {folder.name} " in listing
+    resolved = open_run(str(folder / "config.yaml"), folder.name).config
+    assert (resolved.training.k, resolved.seed, resolved.name) == (16, 3, "toy")
+
+
+def test_changed_model_files_change_the_harvest(tmp_path):
+    model = tmp_path / "my llama"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    config = RunConfig.model_validate(TOY | {"name": "toy", "model": TOY["model"] | {"name": str(model)}})
+    before = stages(config)[0].slice
+    assert stages(config)[0].slice == before
+    (model / "config.json").write_text("{ }")
+    assert stages(config)[0].slice != before
+
+
+BAD = {
+    "an unknown configuration": (["CONFIG=nope"], "There is no configuration"),
+    "an unknown key": (["SET=training.kk=3"], "unknown key training.kk"),
+    "k above the width": (["SET=training.k=65"], "training.k is 65"),
+    "prefixes that do not increase": (["SET=sae.prefixes=[8,8]"], "sae.prefixes is [8, 8]"),
+    "an override without a value": (["SET=training.k"], "not of the form"),
+    "a run name with a slash": (["RUN=../results"], "run name '../results'"),
+    "a run name that belongs to a configuration": (["RUN=toy", "SET=seed=1"], "kept for configs/toy.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_sentence_before_anything_runs(fresh, case):
+    words, sentence = BAD[case]
+    ended = make(fresh, "stages", *words)
+    assert ended.returncode != 0 and ended.stdout == ""
+    message, *rest = ended.stderr.splitlines()
+    assert message.startswith("error: ") and sentence in message
+    assert all(line.startswith("make") for line in rest)
+
+
+def test_a_second_run_is_told_who_has_the_first(fresh):
+    run = open_run(str(fresh / "configs" / "toy.yaml"), "busy")
+    run.root, run.folder = fresh, fresh / "runs" / "busy"
+    held = lock(run)
+    ended = make(fresh, "stages", "RUN=busy")
+    assert ended.returncode != 0 and f"runs/busy is in use by process {os.getpid()} on" in ended.stderr
+    assert planned(fresh, "RUN=other") == ALL
+    os.close(held)
+    assert planned(fresh, "RUN=busy") == ALL
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    run = open_run(str(make_clone(tmp_path / "a clone") / "configs" / "toy.yaml"), "killed")
+    run.folder = tmp_path / "killed"
+    code = (
+        "import pathlib, sys, time; from dmsae_lib.config.lock import lock\n"
+        "class run: name, folder = 'killed', pathlib.Path(sys.argv[1])\n"
+        "lock(run); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, run.folder], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} "):
+        lock(run)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    os.close(lock(run))
+
+
+def fake_python(folder: Path, version: str) -> Path:
+    """An interpreter that says it is of another version."""
+    claim = f"import sys; sys.version_info = ({version.replace('.', ', ')}); exec(sys.argv[1])"
+    return write_script(
+        folder / f"python{version}", f'#!/bin/sh\nexec "{sys.executable}" -c "{claim}" "$2"\n'
+    )
+
+
+@pytest.mark.parametrize("version", ["3.9", "3.10", "3.13"])
+def test_setup_refuses_another_python_before_it_makes_anything(tmp_path, version):
+    clone = make_clone(tmp_path / "a clone")
+    python = fake_python(tmp_path, version)
+    ended = make(clone, "setup", "PY=.venv/bin/python", f"PYTHON={python}")
+    assert ended.returncode != 0 and ended.stdout == ""
+    assert (
+        ended.stderr.startswith("error: Python 3.11 or 3.12 is needed")
+        and f"only: {version};" in ended.stderr
+    )
+    assert not (clone / ".venv").exists()
+
+
+def test_setup_starts_again_after_an_interruption_and_keeps_an_environment_that_it_did_not_make(tmp_path):
+    clone = make_clone(tmp_path / "a clone")
+    (clone / ".venv").mkdir()
+    ended = make(clone, "setup", "PY=.venv/bin/python")
+    assert "the folder .venv is no environment" in ended.stderr and (clone / ".venv").is_dir()
+    (clone / ".venv" / ".unfinished").touch()
+    ended = make(clone, "setup", "PY=.venv/bin/python", f"PYTHON={fake_python(tmp_path, '3.13')}")
+    assert "an earlier set-up was interrupted" in ended.stdout and not (clone / ".venv").exists()
+
+
+TARGETS = next(
+    line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(".PHONY:")
+).split()[1:]
+
+
+@pytest.mark.parametrize("state", ["fresh", "half set up"])
+def test_a_dry_run_of_any_target_works_before_the_set_up(tmp_path, state):
+    """It says what would be done, and of the stages, which only Python knows, that the set-up comes first."""
+    clone = make_clone(tmp_path / "a clone")
+    shutil.copytree(ROOT / "benchmarks", clone / "benchmarks")
+    if state == "half set up":  # killed before its packages were there
+        (clone / ".venv" / "bin").mkdir(parents=True)
+        write_script(clone / ".venv" / "bin" / "python", '#!/bin/sh\nexec "$(command -v python3)" -S "$@"\n')
+    for target in TARGETS:
+        ended = make(clone, "-n", target, "PY=.venv/bin/python")
+        assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.strip(), target
+        listing = target in ("reproduce", "stages", "saebench", "smoke", "test", "mend")
+        assert listing == ("the stages are listed once 'make setup' has run" in ended.stdout), target
+        assert (
+            "setup.sh" in ended.stdout or "PY" not in ended.stdout or target in ("help", "clean", "lock")
+        ), target
+    assert not (clone / "runs").exists()
+
+
+def test_a_python_that_is_not_there_is_named(fresh):
+    ended = make(fresh, "stages", "PY=./nowhere")
+    assert ended.returncode != 0 and ended.stdout == ""
+    assert ended.stderr.startswith("error: there is no ./nowhere: run 'make setup' or name a Python")
+    assert make(fresh, "-n", "stages", "PY=./nowhere").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "given, model, ks",
+    [
+        ("model.name=my model retrain.ks=[4, 8]", "my model", [4, 8]),
+        ("model.name='my model' retrain.ks=[4,  8] seed=1", "my model", [4, 8]),
+        # not YAML: a backslash at the end of a quoted text
+        ("model.name=\"o'brien's $HOME; `x` \\\"", None, None),
+        ("model.name=o'brien retrain.ks=[8]", "o'brien", [8]),
+        ('model.name=a$HOME"b', 'a$HOME"b', [4, 8]),
+    ],
+)
+def test_overrides_reach_python_with_their_spaces_and_quotes(fresh, given, model, ks):
+    ended = make(fresh, "-n", "stages", "RUN=spaced", f"SET={given}")
+    if model is None:
+        assert ended.returncode != 0 and "the value is not valid YAML" in ended.stderr.splitlines()[0]
+        return
+    assert ended.returncode == 0, ended.stderr
+    config = yaml.safe_load((fresh / "runs" / "spaced" / "config.yaml").read_text())
+    assert (config["model"]["name"], config["retrain"]["ks"]) == (model, ks)
+    make(fresh, "clean", "RUN=spaced")
+
+
+def test_a_configuration_is_named_with_its_dots_and_by_a_path_with_spaces_and_quotes(fresh):
+    shutil.copy(fresh / "configs" / "toy.yaml", fresh / "configs" / "toy.v2.yaml")
+    listing = make(fresh, "-n", "stages", "CONFIG=toy.v2")
+    assert listing.returncode == 0 and "-p config toy.v2 -p run toy.v2" in listing.stdout
+    other = fresh.parent / "o'brien's files"
+    other.mkdir()
+    shutil.copy(fresh / "configs" / "toy.yaml", other / "theirs.yaml")
+    listing = make(fresh, "-n", "stages", f"CONFIG={other / 'theirs.yaml'}")
+    assert listing.returncode == 0 and "-p config runs/theirs/config.yaml -p run theirs" in listing.stdout
+
+
+def test_help_names_every_target():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    targets = next(line for line in makefile.splitlines() if line.startswith(".PHONY:")).split()[1:]
+    shown = subprocess.run(
+        ["make", "-s"], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    ).stdout
+    assert all(f"make {target} " in shown for target in targets)
+
+
+def test_fewer_cycles_make_another_core_the_last_one():
+    """Nothing is newer then, so the parameters must tell: the SAEs that are there hold a core of a later
+    cycle."""
+    config = load_config("default")
+    fewer = config.model_copy(update={"distill": config.distill.model_copy(update={"cycles": 6})})
+    slices = [next(stage.slice for stage in stages(c) if stage.name == "retrain") for c in (config, fewer)]
+    assert slices[0] != slices[1]

@@ -1,0 +1,335 @@
+"""The summary of a synthetic run: known rows, schema, comparison with a published one."""
+
+import copy
+import csv
+import itertools
+import json
+import shutil
+
+import factory
+import pytest
+
+from dmsae_lib.config.sections import ARMS, CONTROLS, LONGER, Chain
+from dmsae_lib.report.layout import laid_out, readable
+from dmsae_lib.report.results import Results, validate
+from dmsae_lib.report.summary import Stages, summarise, write_summary
+from dmsae_lib.saebench import Task
+from dmsae_lib.store import artifacts
+from dmsae_lib.store.artifacts import ArtifactError, UserError, load, write
+
+SMALL = factory.config(cycles=2, ks=(48, 64), seeds=(0, 1), controls={"random": 2, "most_frequent": 1})
+CORE = {"core_sparsity": "batchtopk", "core_decoder_init": "encoder"}
+EXEMPT = {"core_sparsity": "relu", "core_decoder_init": "random"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return factory.build_run(tmp_path_factory.mktemp("summary"), factory.config(ks=(48, 64, 96)))
+
+
+@pytest.fixture(scope="module")
+def summary(run):
+    return summarise(run)
+
+
+@pytest.fixture
+def small(tmp_path):
+    return factory.build_run(tmp_path, SMALL, scored=False)
+
+
+def test_cycles_and_final_core(summary):
+    validate(summary)
+    assert [row["core_out"] for row in summary["cycles"]] == factory.SIZES
+    assert [row["core_in"] for row in summary["cycles"]] == [0, *factory.SIZES[:-1]]
+    last = summary["cycles"][-1]
+    assert (
+        last["kept"] == 108
+        and last["origins"]["2"] == 23
+        and last["core_share"] == pytest.approx(49 / 64, rel=1e-5)
+    )
+    assert last["fvu"]["full"] == 0.2205 and last["loss_increase"] == {"prefix0": 0.245, "full": 0.07}
+    assert summary["cycles"][0]["parent"] is None and len(last["parent"]) == 64
+    assert last["jaccard"] == pytest.approx(107 / 115, rel=1e-5) and summary["cycles"][0]["jaccard"] is None
+    assert last["placebos"]["random_directions"]["kept"] == 2 and summary["cycles"][0]["placebos"] == {}
+    sizes = {"all_of_last": 112, "last_two": 108, "every_since_first": 108, "alive_since_0": 23}
+    assert summary["final_core"] == {
+        "reading": "last_two",
+        "size": 108,
+        "sizes": sizes,
+        "lineage": "core_lineage.json",
+    }
+
+
+def test_retrain_rows(summary):
+    assert len(summary["retrain"]) == 3 * 2 * 3 + sum(factory.CONTROLS.values())
+    row = next(r for r in summary["retrain"] if (r["k"], r["core"], r["seed"]) == (64, "distilled", 2))
+    assert row["loss_increase"] == pytest.approx(
+        factory.loss_increase("distilled", row["L0"]["total"], 2), rel=1e-5
+    )
+    assert min(row["frequency_correlation"].values()) > 0.9 and row["core_rows"] == factory.ROWS
+    found = {
+        r["core"]: r["frequency_correlation"] for r in summary["retrain"] if r["k"] == 64 and r["seed"] == 0
+    }
+    assert found["pca"]["before"] is None and abs(found["random"]["before"]) < 0.9
+    assert found["none"] == {"before": None, "next_k": None}
+    assert row["saebench"]["probe_top1"] == pytest.approx(
+        factory.probe("distilled", 64.32, 1) + 0.004, rel=1e-5
+    )
+    assert {(r["k"], r["unbound"]) for r in summary["retrain"] if r["core"] == "distilled"} == {
+        (48, True),
+        (64, False),
+        (96, False),
+    }
+    assert summary["probing_baselines"] == {
+        "dense": 0.93,
+        "best_channel": 0.72,
+        "majority": 0.5,
+        "n_sets": 2,
+        "dropped": ["c"],
+    }
+    assert {row["arm"] for row in summary["heatmap"]} == {"none", "distilled"}
+
+
+def test_claims_and_answers_of_the_known_effects(summary):
+    claims = summary["claims"]
+    assert {name: claim["verdict"] for name, claim in claims.items()} == {
+        "C1": "not decidable",
+        "C2": "not decidable",
+        "C3": "holds",
+        "C4": "not decidable",
+        "C5": "not decidable",
+        "C6": "not decidable",
+        "C7": "not decidable",
+    }  # one chain decides nothing about cores
+    found = {(p["part"], p["k"]): p for p in claims["C4"]["parts"]}
+    gap = factory.EFFECT["distilled"] - factory.EFFECT["random"]
+    assert (
+        found["random", 64]["value"] == pytest.approx(gap, abs=1e-5)
+        and found["random (not run)", 96]["n"] == 0
+    )
+    # The least gap: one draw, that of seed 0, where the jitter of the control is a tenth more.
+    gap = factory.EFFECT["distilled"] - factory.EFFECT["most_frequent"] + 0.1 * factory.JITTER
+    assert claims["C4"]["value"] == pytest.approx(gap, abs=1e-5) and claims["C4"]["n"] == 1
+    assert claims["C5"]["value"] == pytest.approx(factory.EFFECT["distilled"], abs=1e-5)
+    assert (
+        claims["C3"]["value"] == pytest.approx(1.5 * factory.EFFECT["distilled"], abs=1e-5)
+        and claims["C3"]["n"] == 3
+    )
+    assert claims["C1"]["value"] == pytest.approx(5 / 105, rel=1e-5) and claims["C1"]["interval"] is None
+    answers = summary["reviewers"]
+    assert answers["R5"]["numbers"]["distilled_minus_most_frequent"] == {
+        "mean": pytest.approx(gap, abs=1e-5),
+        "interval": None,
+        "n": 1,
+        "varied": "training seed (one distilled core)",
+    }
+    assert answers["R6"]["answer"].startswith("There is one distillation seed")
+    assert answers["R13"]["numbers"]["C3"] == {"n": 3, "varied": "training seed (one distilled core)"}
+    assert answers["R4"]["numbers"]["core"]["n"] == 112 and answers["R4"]["numbers"]["core"]["min"] == 0.2
+    assert answers["R3"]["numbers"]["longer_fresh"]["tokens"] == 2_400_000
+    assert answers["R10"]["numbers"][-1]["aggregators"]["abs_mean"]["size"] == 56
+    row = next(n for n in answers["R1"]["numbers"] if (n["core"], n["k"]) == ("random_directions", 64))
+    assert row["n"] == 1 and row["L0"]["core"] == 52
+
+
+def test_published_files_tell_the_same(run, tmp_path):
+    folder = write_summary(run)
+    results = Results(folder)
+    assert [int(row["core_out"]) for row in results.table("cycles.csv")] == factory.SIZES
+    assert len(results.table("retrain.csv")) == len(results.summary["retrain"])
+    assert {int(row["cycle"]) for row in results.table("history_cycles.csv")} == set(range(8))
+    assert float(results.table("history_cycles.csv")[-1]["tokens"]) == 292 * 1024  # the last row is kept
+    lineage = json.loads((folder / "core_lineage.json").read_text())
+    assert len(lineage["latents"]) == 112 and len(lineage["readings"]["last_two"]) == 108
+    assert [len(core["ids"]) for core in lineage["cycles"]] == factory.SIZES
+    assert len((folder / "summary.json").read_text().splitlines()) < 2500
+    with open(folder / "claims.csv", newline="") as handle:
+        assert {row["claim"] for row in csv.DictReader(handle)} == {"C1", "C2", "C3", "C4", "C5", "C7"}
+
+
+def test_a_run_without_scores_is_summarised(small):
+    summary = summarise(small)
+    assert all(row["saebench"] is None for row in summary["retrain"]) and summary["probing_baselines"] is None
+    assert summary["claims"]["C3"]["value"] is None
+
+
+def test_claims_over_five_chains_of_known_effects(tmp_path):
+    """Open competition: five chains are judged, the sixth, with the paper's core, is not."""
+    retrain = {"retrain": [arm for arm in ARMS if arm not in LONGER]}
+    chains = [Chain(name=f"seed{n}", seed=n, **CORE, **retrain) for n in range(1, 5)]
+    config = factory.config(cycles=2, ks=(64, 96), seeds=(0,), controls={})
+    config = config.model_copy(
+        update={
+            "training": config.training.model_copy(update=CORE),
+            "distill": config.distill.model_copy(
+                update={"chains": [*chains, Chain(name="relu", retrain=["distilled"], **EXEMPT)]}
+            ),
+            "retrain": config.retrain.model_copy(update={"arms": retrain["retrain"]}),
+        }
+    )
+    names = ["main", *(chain.name for chain in chains)]
+    like = {"size": 9, "cosine_above": 0.5, "activation_above": 0.5, "span": 0.5, "span_chance": 0.3}
+    identity = []
+    for i, (a, b) in enumerate(itertools.combinations(names, 2)):
+        identity += [
+            {"a": a, "b": b, "kind": "cores", "cosine": 0.7 + 0.01 * i, "activation": 0.6 + 0.01 * i} | like,
+            {"a": a, "b": b, "kind": "plain", "cosine": 0.4, "activation": 0.4} | like,
+            {"a": a, "b": b, "kind": "random", "cosine": 0.2, "activation": None} | like,
+        ]
+    summary = summarise(factory.build_run(tmp_path, config, scored=False), identity)
+    claims = summary["claims"]
+    assert {name: claim["verdict"] for name, claim in claims.items()} == {
+        "C1": "does not hold",
+        "C2": "holds",
+        "C3": "not decidable",
+        "C4": "holds",
+        "C5": "holds",
+        "C6": "holds",
+        "C7": "holds",
+    }
+    assert {name for name, claim in claims.items() if claim["n"] != 5} == {"C3"} and len(
+        claims["C4"]["parts"]
+    ) == 2 * len(CONTROLS)
+    # Chain i lies 0.001 (i - 1) beyond the effect.
+    assert claims["C5"]["value"] == pytest.approx(factory.EFFECT["distilled"] + factory.JITTER, abs=1e-5)
+    assert claims["C2"]["parts"][0]["p"] == pytest.approx(2 / 252, rel=1e-5)
+    relu = [row for row in summary["retrain"] if row["chain"] == "relu"]
+    assert len(relu) == 2 and len(summary["chains"]["relu"]["cycles"]) == 3
+    stability = summary["reviewers"]["R6"]
+    assert (
+        stability["numbers"]["sizes"] == {name: 71 + i for i, name in enumerate(names)}
+        and "plain 0.400" in stability["answer"]
+    )
+
+
+def test_a_stage_made_from_something_else_is_refused(small):
+    old = load(small.cycle(1, "attribution"), "attribution")
+    with write(old.folder, "attribution", old.parents) as again:
+        again.json("record.json", old.json("record.json") | {"candidates": 1})
+        again.csv("table.csv", old.csv("table.csv"))
+    with pytest.raises(
+        ArtifactError, match="cycle_1/core was made from another attribution .*make reproduce"
+    ):
+        summarise(small)
+
+
+def test_a_retrained_sae_that_the_index_does_not_know_is_refused(small):
+    """One of another core, left by an earlier run: it has the same harvest."""
+    old = load(small.retrained(64, "distilled", 0), "sae")
+    with write(old.folder, "sae", old.parents) as again:
+        again.json("metrics.json", old.json("metrics.json") | {"dead": 77})
+        again.csv("history.csv", old.csv("history.csv"))
+    with pytest.raises(
+        ArtifactError, match="k64/distilled-seed0 is not among those that .*retrain/index was made from"
+    ):
+        summarise(small)
+
+
+def test_scores_of_another_sae_are_refused(small):
+    task = Task(64, "distilled", 0, "core", 0)
+    factory.write_scores(small, task, {"metrics": {}}, {"sae": "0" * 64})
+    with pytest.raises(ArtifactError, match="distilled-seed0/core-seed0 was made from another sae"):
+        summarise(small)
+
+
+def test_a_missing_stage_is_named(small):
+    shutil.rmtree(small.cycle(1, "attribution"))
+    with pytest.raises(ArtifactError, match="no attribution artefact .*cycle_1"):
+        summarise(small)
+
+
+def spoilt(path, value=None):
+    """A function that sets (or, without a value, deletes) what a dotted path names in a summary."""
+
+    def spoil(summary):
+        *parents, last = (int(p) if p.isdigit() else p for p in path.split("."))
+        for key in parents:
+            summary = summary[key]
+        if value is None:
+            del summary[last]
+        else:
+            summary[last] = value
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (spoilt("cyclse", []), "cyclse"),
+        (spoilt("claims.C2"), "C2"),
+        (spoilt("claims.C1.verdict", "true"), "verdict"),
+        (spoilt("cycles.0.L0.noncore", 3), "noncore"),
+        (spoilt("cycles.3"), "one row per cycle, 0 to 7"),
+        (spoilt("cycles.2.origins.0", 1), "core_out in cycle 2"),
+        (spoilt("retrain.0.core", "destilled"), "destilled"),
+        (spoilt("retrain.0.seed", 1), "same chain, k, core and seed"),
+        (spoilt("retrain.0.L0.total", 10.0), "not the sum"),
+        (spoilt("inputs.threads", "2"), "threads"),
+        (spoilt("reviewers.R4"), "R4"),
+        (spoilt("claims.C4.interval", [0.1]), "interval"),
+        (spoilt("sizes.n_cycles", 0), "n_cycles"),
+    ],
+)
+def test_schema_refuses(summary, spoil, message):
+    broken = copy.deepcopy(summary)
+    spoil(broken)
+    with pytest.raises(UserError, match=message):
+        validate(broken)
+
+
+def test_when_where_and_how_fast_it_was_made_is_not_in_the_summary(small, monkeypatch):
+    folder = write_summary(small)
+    before = load(folder, "summary")
+    texts = {name: (folder / name).read_bytes() for name in [*before.files, "manifest.json"]}
+    monkeypatch.setattr(Stages, "notebooks", lambda _: {"train": [90.0, 9.0]})
+    monkeypatch.setattr(artifacts, "provenance", lambda *_: {"commit": "another", "created": "1999"})
+    write_summary(small)
+    again = load(folder, "summary")
+    assert again.hash == before.hash and texts == {name: (folder / name).read_bytes() for name in texts}
+    assert again.provenance["stages"]["seconds"] == Results(folder).made["seconds"] == {"train": 99.0}
+    assert Results(folder).made["processes"] == {"train": 2}
+    assert again.provenance["commit"] == "another" != before.provenance["commit"]
+    assert Results(folder).made["versions"] == before.provenance["versions"]
+
+
+def no_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def another_content(folder):
+    with write(folder, "summary") as writer:
+        writer.json("summary.json", {})
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (shutil.rmtree, "There is no .*summary.json: run `make reproduce`"),
+        (no_manifest, "no summary artefact .*`make publish`"),
+        (
+            lambda folder: (folder / "summary.json").write_text("{"),
+            "summary.json does not match its hash.*: run `make publish`",
+        ),
+        (
+            lambda folder: (folder / "cycles.csv").unlink(),
+            "cycles.csv is missing.: run `make publish` to write it again",
+        ),
+        (another_content, "does not follow its schema"),
+    ],
+)
+def test_broken_results_are_one_sentence(small, tmp_path, spoil, message):
+    folder = tmp_path / "published"
+    shutil.copytree(write_summary(small), folder)
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        Results(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_layout_is_json_and_rounding_keeps_six_digits():
+    value = readable(
+        {"a": 0.123456789, "b": [1, 2.0, {"c": None, "d": True}], "long": ["word" * 9] * 30, "empty": []}
+    )
+    assert json.loads(laid_out(value)) == value and value["a"] == 0.123457 and value["b"][0] == 1
+    assert max(map(len, laid_out(value).splitlines())) <= 160

@@ -1,0 +1,242 @@
+"""SAEBench's own data sets: its real code on small local folders of the Hub's form, with what was planted in
+them."""
+
+import json
+import os
+import random
+
+import pytest
+import torch
+from planted_tokens import NOISE, PLANTED, planted_model, reading_sae
+from safetensors.torch import load_file
+
+from dmsae_lib.data.language_model import LanguageModel
+from dmsae_lib.saebench import official as saebench_hub
+from dmsae_lib.saebench.adapter import NotRun
+from dmsae_lib.saebench.official import Texts, run_core_hub, run_scr_and_tpp_hub, run_sparse_probing_hub
+
+BIOS = "LabHC/bias_in_bios_class_set1"
+# profession: its token
+JOBS = {0: "A", 1: "B", 2: "C", 6: "D", 9: "E", 11: "A", 13: "B", 21: "A", 22: "A", 25: "E", 26: "D"}
+GENDERS = {0: "F", 1: "G"}
+SMALL = {"train_size": 80, "test_size": 40}
+SEEING, BLIND = list(range(8)), list(range(12, 20))  # channels
+
+
+pytestmark = pytest.mark.usefixtures("no_network_nor_sweeping")
+
+
+@pytest.fixture(scope="module")
+def model(one_thread, tmp_path_factory) -> LanguageModel:
+    return planted_model(tmp_path_factory.mktemp("models") / "planted")
+
+
+def text(source: random.Random, *characters: str) -> str:
+    letters = [source.choice(NOISE) for _ in range(16)]
+    for place, character in zip(source.sample(range(16), len(characters)), characters):
+        letters[place] = character
+    return "".join(letters)
+
+
+def write_jsonl(path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Small data sets in folders that are called as on the Hub; each class has a character of its own."""
+    folder, source = tmp_path_factory.mktemp("hub"), random.Random(0)
+    for split, each in (("train", 45), ("test", 25)):
+        write_jsonl(
+            folder / f"LabHC/bias_in_bios/{split}.jsonl",
+            [
+                {"hard_text": text(source, job, gender), "profession": profession, "gender": number}
+                for profession, job in JOBS.items()
+                for number, gender in GENDERS.items()
+                for _ in range(each)
+            ],
+        )
+        write_jsonl(
+            folder / f"fancyzhx/ag_news/{split}.jsonl",
+            [{"text": text(source, "ABCD"[i % 4]), "label": i % 4} for i in range(240)],
+        )
+        write_jsonl(
+            folder / f"canrager/amazon_reviews_mcauley_1and5/{split}.jsonl",
+            [
+                {"text": text(source, "ABCDE"[i], "FG"[stars > 1]), "category": category, "rating": stars}
+                for i, category in enumerate((1, 2, 3, 5, 6))
+                for stars in (1.0, 5.0)
+                for _ in range(25)
+            ],
+        )
+    for i, (language, pair) in enumerate(
+        {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}.items()
+    ):
+        write_jsonl(
+            folder / f"Helsinki-NLP/europarl/{pair}/train.jsonl",
+            [{"translation": {language: text(source, PLANTED[i])}} for _ in range(70)],
+        )
+    languages = ["C", "Python", "HTML", "Java", "PHP"]
+    code = [
+        {"language": language, "code": "#" * 150 + text(source, "ABCDE"[i]) + "." * 400}
+        for _ in range(70)
+        for i, language in enumerate(languages)
+    ]
+    write_jsonl(folder / "codeparrot/github-code/train.jsonl", code)
+    write_jsonl(
+        folder / "Skylion007/openwebtext/train.jsonl",
+        [{"text": text(source, "ABC"[i % 3])} for i in range(400)],
+    )
+    return folder
+
+
+@pytest.fixture
+def quick_probes(monkeypatch):
+    """sae_bench's probes for tpp and scr learn 30 times as fast: 80 texts are 5 steps an epoch, where it has
+    250."""
+    from sae_bench.evals.sparse_probing import probe_training
+
+    plain = probe_training.train_probe_on_activations
+    monkeypatch.setattr(
+        probe_training,
+        "train_probe_on_activations",
+        lambda *given, lr=1e-3, **options: plain(*given, lr=30 * lr, **options),
+    )
+
+
+def test_probing_finds_the_planted_latents_in_every_data_set(model, data, tmp_path):
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+
+    names = [
+        name
+        for name in SparseProbingEvalConfig().dataset_names
+        if "class_set2" not in name and "class_set3" not in name
+    ]
+    texts = Texts(data, names, **SMALL)
+    seeing = run_sparse_probing_hub(reading_sae(model.d_model, SEEING), model, tmp_path, 0, texts)
+    assert list(seeing["sets"]) == names and len(names) == 6
+    for values in (seeing["metrics"], *seeing["sets"].values()):
+        assert values["sae_top_1_test_accuracy"] == values["llm_top_1_test_accuracy"] == 1
+    blind = run_sparse_probing_hub(reading_sae(model.d_model, BLIND), model, tmp_path, 0, texts)
+    # 27 probes of 40 texts: standard error 0.015
+    assert abs(blind["metrics"]["sae_top_1_test_accuracy"] - 0.5) < 0.1
+    assert blind["metrics"]["llm_test_accuracy"] == seeing["metrics"]["llm_test_accuracy"] > 0.9
+
+
+def test_shared_work_is_done_once_for_each_model_and_text(model, data, tmp_path, monkeypatch):
+    passes = []
+    plain = model.bridge.run_with_hooks
+    monkeypatch.setattr(
+        model.bridge, "run_with_hooks", lambda *given, **options: passes.append(1) or plain(*given, **options)
+    )
+    texts, sae = Texts(data, ["fancyzhx/ag_news"], **SMALL), reading_sae(model.d_model, SEEING)
+    first = run_sparse_probing_hub(sae, model, tmp_path, 0, texts)
+    made = len(passes)
+    (kept,) = tmp_path.iterdir()  # nothing is left of the scratch folder
+    assert made and run_sparse_probing_hub(sae, model, tmp_path, 0, texts) == first and len(passes) == made
+    run_sparse_probing_hub(sae, model, tmp_path, 1, texts)
+    assert len(passes) == 2 * made and len(list(tmp_path.iterdir())) == 2
+    news = data / "fancyzhx/ag_news/train.jsonl"
+    before = news.stat().st_mtime_ns
+    os.utime(news, ns=(before, before + 1))
+    run_sparse_probing_hub(sae, model, tmp_path, 0, texts)
+    assert len(passes) == 3 * made
+    assert torch.is_grad_enabled() and kept.is_dir()
+
+
+def test_tpp_and_scr_find_the_planted_latents(model, data, tmp_path, quick_probes):
+    texts = Texts(data, [BIOS], **SMALL)
+    seeing, blind = reading_sae(model.d_model, SEEING), reading_sae(model.d_model, BLIND)
+    tpp = {
+        name: run_scr_and_tpp_hub(sae, model, False, tmp_path, 0, texts)["metrics"]
+        for name, sae in (("seeing", seeing), ("blind", blind), ("again", seeing))
+    }
+    assert set(tpp["seeing"]) == {
+        f"tpp_threshold_{n}_{kind}"
+        for n in (2, 5)
+        for kind in ("total_metric", "intended_diff_only", "unintended_diff_only")
+    }
+    # from the kept probes
+    assert tpp["seeing"]["tpp_threshold_2_total_metric"] > 0.15 and tpp["again"] == tpp["seeing"]
+    assert abs(tpp["blind"]["tpp_threshold_2_total_metric"]) < 0.05
+    scr = {
+        name: run_scr_and_tpp_hub(sae, model, True, tmp_path, 0, texts)
+        for name, sae in (("seeing", seeing), ("blind", blind))
+    }
+    assert len(scr["seeing"]["sets"]) == 4  # pairs of professions
+    for direction in ("scr_dir1_threshold_2", "scr_dir2_threshold_2"):
+        assert scr["seeing"]["metrics"][direction] > 0.5 > 0.1 > abs(scr["blind"]["metrics"][direction])
+    from sae_bench.evals.scr_and_tpp import main
+
+    assert main.pickle.__name__ == "pickle" and main.torch.is_grad_enabled()
+    for path in tmp_path.rglob("*.pkl"):
+        assert load_file(path)  # safetensors, whatever its name says
+
+
+def test_a_model_in_half_precision(data, tmp_path, quick_probes):
+    model = planted_model(tmp_path / "planted", dtype="bfloat16")
+    sae, cache = reading_sae(model.d_model, SEEING), tmp_path / "cache"
+    assert (
+        run_sparse_probing_hub(sae, model, cache, 0, Texts(data, ["fancyzhx/ag_news"], **SMALL))["metrics"][
+            "sae_top_1_test_accuracy"
+        ]
+        == 1
+    )
+    assert (
+        run_scr_and_tpp_hub(sae, model, False, cache, 0, Texts(data, [BIOS], **SMALL))["metrics"][
+            "tpp_threshold_2_total_metric"
+        ]
+        > 0.15
+    )
+    assert run_core_hub(sae, model, data, 2, 2, 4)["metrics"]["l0"] > 0
+
+
+def test_core_on_texts_from_a_folder(model, data):
+    # Every text of 16 characters holds one of A, B, C, which the SAE reads, and nothing else that it does.
+    found = run_core_hub(reading_sae(model.d_model, SEEING), model, data, 4, 8, 4)["metrics"]
+    assert found["l0"] == pytest.approx(1 / 16, rel=0.15) and found["ce_loss_score"] is not None
+    exact = torch.cat([torch.eye(model.d_model), -torch.eye(model.d_model)])
+    sae = reading_sae(model.d_model, [0] * 2 * model.d_model)
+    sae.load_state_dict(sae.state_dict() | {"free_rows": exact, "W_dec": exact, "threshold": torch.zeros(())})
+    assert run_core_hub(sae, model, data, 4, 8, 4)["metrics"]["ce_loss_score"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_the_hub_the_reason_is_one_sentence_at_once(model, tmp_path, monkeypatch, offline):
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waited"))
+    sae, why = (
+        reading_sae(model.d_model, SEEING),
+        "HF_HUB_OFFLINE is set" if offline else "huggingface.co cannot be reached",
+    )
+    assert why in saebench_hub.hub_out_of_reach()
+    nowhere = Texts(tmp_path / "nowhere")
+    for eval_name, run in {
+        "bias_in_bios": lambda: run_sparse_probing_hub(sae, model, tmp_path, 0),
+        "LabHC/bias_in_bios, .* no .*nowhere/LabHC": lambda: run_scr_and_tpp_hub(
+            sae, model, True, tmp_path, 0, nowhere
+        ),
+        "openwebtext": lambda: run_core_hub(sae, model),
+    }.items():
+        with pytest.raises(NotRun, match=rf"^it needs the data set .*{eval_name}[^\n]*$") as found:
+            run()
+        assert why in str(found.value)
+    assert not list(tmp_path.iterdir()) and torch.is_grad_enabled()
+
+
+def test_a_missing_result_is_an_error(model, data, tmp_path, monkeypatch):
+    from sae_bench.evals.core import main as core
+    from sae_bench.evals.sparse_probing import main
+
+    sae = reading_sae(model.d_model, SEEING)
+    monkeypatch.setattr(main, "run_eval", lambda *_, **__: {})
+    with pytest.raises(RuntimeError, match="0 results for one SAE"):
+        run_sparse_probing_hub(sae, model, tmp_path, 0, Texts(data, ["fancyzhx/ag_news"]))
+    monkeypatch.setattr(core, "run_evals", lambda **_: 1 / 0)
+    with pytest.raises(RuntimeError, match="0 results for one SAE.*division by zero"):
+        run_core_hub(sae, model, data)

@@ -1,0 +1,385 @@
+"""sae_bench's TPP and SCR: planted answers, sae_bench's own path as reference, what the seed governs,
+caches."""
+
+import socket
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import save_model
+
+from dmsae_lib.config import load_config
+from dmsae_lib.data.corpus import PROBING_SETS, beginning, wheel_sets
+from dmsae_lib.data.language_model import LanguageModel
+from dmsae_lib.data.workers import Workers
+from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.saebench import class_pairs as saebench_texts
+from dmsae_lib.saebench import perturbation as saebench_tpp
+from dmsae_lib.saebench.adapter import Adapter, undisturbed
+from dmsae_lib.store.artifacts import UserError
+
+CONTEXT, WIDTH = 16, 32
+CLASSES = ("oak", "elm", "ash")
+ATTRIBUTES, BIASED = saebench_tpp.ATTRIBUTES, saebench_tpp.BIASED
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("SAEBench tried to reach the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    # sae_bench keeps the first epoch of the best test accuracy: on planted texts the first, so the probe must
+    # learn fast
+    monkeypatch.setattr(saebench_tpp, "PROBE", saebench_tpp.PROBE | {"lr": 0.05})
+    monkeypatch.setattr(saebench_tpp, "PROBE_STEPS", 100)
+    monkeypatch.setattr(saebench_tpp, "probing_texts", set)
+    monkeypatch.setattr(saebench_tpp, "TPP_SETS", ("trees",))
+    monkeypatch.setattr(saebench_tpp, "SCR_PAIRS", ("jobs",))
+
+
+def make_model(folder, seed: int = 0, layer: int = 0) -> LanguageModel:
+    model = load_config("smoke").model.model_copy(
+        update={"name": str(folder), "hook_name": f"blocks.{layer}.hook_resid_post", "context_size": CONTEXT}
+    )
+    return LanguageModel(model)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def llama(folder) -> LanguageModel:
+    return make_model(folder)
+
+
+def tree_texts(name: str, seed: int) -> saebench_texts.Texts:
+    return {
+        split: {label: [f"{label} {seed} {i}" for i in range(*numbers)] for label in CLASSES}
+        for split, numbers in (("train", (0, 90)), ("test", (90, 150)))
+    }
+
+
+def job_texts(name: str, seed: int) -> saebench_texts.Texts:
+    def texts(jobs: str, genders: str, start: int, n: int) -> list[str]:
+        kinds = [(job, gender) for job in jobs for gender in genders]
+        return [
+            f"{job}{gender} {seed} {i}"
+            for job, gender in kinds
+            for i in range(start, start + n // len(kinds))
+        ]
+
+    sides = {
+        "male / female": ("pn", "m"),
+        "female_data_only": ("pn", "f"),
+        "professor / nurse": ("p", "mf"),
+        "nurse_data_only": ("n", "mf"),
+        BIASED: ("p", "m"),
+        "female_nurse_data_only": ("n", "f"),
+    }
+    return {
+        split: {label: texts(*side, start, n) for label, side in sides.items()}
+        for split, start, n in (("train", 0, 100), ("test", 1000, 100))
+    }
+
+
+def noise(model: LanguageModel, texts: list[str], scale: float) -> torch.Tensor:
+    """(texts, 5 tokens, d_model): noise on the channels from the ninth on, which no planted latent reads or
+    writes."""
+    x = scale * torch.randn(len(texts), 5, model.d_model, generator=torch.Generator().manual_seed(len(texts)))
+    x[..., :8] = 0
+    return x
+
+
+@pytest.fixture
+def trees(monkeypatch):
+    """Channel i is 3 on the texts of class i, noise on channels that no latent of a class reads."""
+
+    def residuals(model, texts, context):
+        x = noise(model, texts, 0.3)
+        for row, text in zip(x, texts):
+            row[:, CLASSES.index(text.split()[0])] = 3
+        return list(x)
+
+    monkeypatch.setattr(saebench_tpp, "tpp_texts", tree_texts)
+    monkeypatch.setattr(saebench_tpp, "_residuals", residuals)
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """Channel 0 is 2 or -2 (professor or nurse), channel 1 is 1 or -1 (male or female)."""
+
+    def residuals(model, texts, context):
+        x = noise(model, texts, 0.3)
+        for row, text in zip(x, texts):
+            row[:, 0], row[:, 1] = 2 if text[0] == "p" else -2, 1 if text[1] == "m" else -1
+        return list(x)
+
+    monkeypatch.setattr(saebench_tpp, "scr_texts", job_texts)
+    monkeypatch.setattr(saebench_tpp, "_residuals", residuals)
+
+
+def plain_sae(encoder: torch.Tensor, decoder: torch.Tensor | None = None) -> MatryoshkaSAE:
+    sae = MatryoshkaSAE(encoder.shape[1], len(encoder), (2,))
+    decoder = encoder if decoder is None else decoder
+    sae.load_state_dict(sae.state_dict() | {"free_rows": encoder, "W_dec": decoder})
+    return sae.requires_grad_(False)
+
+
+def both_signs() -> MatryoshkaSAE:
+    rows = torch.eye(WIDTH)[[0, 1, 2, 3, 4]]
+    return plain_sae(torch.cat([rows, -rows]))
+
+
+def blind() -> MatryoshkaSAE:
+    """Latents for channels that hold nothing but noise."""
+    return plain_sae(torch.eye(WIDTH)[20:28])
+
+
+def test_tpp_of_one_latent_per_class_and_of_latents_that_mix_classes(llama, tmp_path, trees, monkeypatch):
+    real = saebench_tpp._shared
+
+    def ideal(*arguments, **options):
+        arrays, record = real(*arguments, **options)
+        for i, label in enumerate(CLASSES):  # a trained probe may also use what speaks against its class
+            arrays |= {
+                f"weight/{label}": np.eye(1, WIDTH, i, dtype=np.float32),
+                f"bias/{label}": np.float32([-1.5]),
+            }
+        return arrays, record
+
+    monkeypatch.setattr(saebench_tpp, "_shared", ideal)
+    planted = saebench_tpp.run_tpp(both_signs(), llama, tmp_path, seed=0)
+    # 10 latents: no n = 10
+    assert list(planted["metrics"]) == [f"tpp_threshold_{n}_total_metric" for n in (2, 5)]
+    assert all(value == 1 for value in planted["probe_accuracy"]["trees"].values())  # of the trained probes
+    assert set(planted["metrics"].values()) == {0.5}  # half of a probe's texts are of its class
+
+    everywhere = torch.zeros(WIDTH)
+    everywhere[:3] = 1
+    reads = torch.eye(WIDTH)[:3] + 0.5 * everywhere  # most on its own class, but on the others too
+    mixed = saebench_tpp.run_tpp(plain_sae(reads, 3 * everywhere.expand(3, -1)), llama, tmp_path, seed=0)
+    assert mixed["sets"]["trees"]["scores"]["tpp_threshold_2_intended_diff_only"] == 0.5
+    assert mixed["metrics"] == {"tpp_threshold_2_total_metric": 0}
+    assert set(saebench_tpp.run_tpp(blind(), llama, tmp_path, seed=0)["metrics"].values()) == {0}
+
+
+def test_scr_gives_back_what_a_planted_bias_took(llama, tmp_path, jobs):
+    planted = saebench_tpp.run_scr(both_signs(), llama, tmp_path, seed=0)
+    accuracy = planted["probe_accuracy"]["jobs"]
+    assert accuracy["professor / nurse"] == 1 and accuracy["male / female"] > 0.95
+    assert accuracy[f"{BIASED} probe on male / female data"] < 0.6  # the probe follows the job
+    assert (
+        planted["metrics"]["scr_metric_threshold_2"]
+        == planted["sets"]["jobs"]["scores"]["scr_dir2_threshold_2"]
+        > 0.9
+    )
+    useless = saebench_tpp.run_scr(blind(), llama, tmp_path, seed=0)
+    assert useless["metrics"]["scr_metric_threshold_2"] == pytest.approx(0, abs=0.1)
+    assert planted["ties"] == useless["ties"] == []
+
+
+def test_a_tie_is_none_and_counted(llama, tmp_path, jobs, monkeypatch):
+    real = saebench_tpp._shared
+
+    def tied(*arguments, **options):
+        arrays, record = real(*arguments, **options)
+        record["probe_accuracy"] |= {f"{BIASED} probe on {label} data": 0.75 for label in ATTRIBUTES}
+        return arrays, record
+
+    monkeypatch.setattr(saebench_tpp, "_shared", tied)
+    found = saebench_tpp.run_scr(both_signs(), llama, tmp_path, seed=0)
+    assert found["ties"] == ["jobs"] and set(found["metrics"].values()) == {None}
+
+
+def by_sae_bench(adapter: Adapter, made, ns: list[int], pad: bool) -> dict[str, float]:
+    """TPP through sae_bench's functions on padded tokens and the SAE itself."""
+    held, record = made.tensors("shared.safetensors"), made.json("shared.json")
+    width = record["padded_to"] if pad else int(held["lengths"].max())
+    texts = torch.zeros(len(held["lengths"]), width, WIDTH)
+    for row, tokens in zip(texts, held["residuals"].split(held["lengths"].tolist())):
+        row[: len(tokens)] = tokens
+    halves = {
+        split: {label: texts[held[f"{split}/{label}"]] for label in sorted(CLASSES)}
+        for split in ("train", "test")
+    }
+    with undisturbed(), torch.no_grad():
+        from sae_bench.evals.scr_and_tpp import main
+        from sae_bench.evals.sparse_probing.probe_training import Probe
+
+        probes = {}
+        for label in CLASSES:
+            probes[label] = Probe(WIDTH, torch.float32)
+            probes[label].net.weight.copy_(held[f"weight/{label}"])
+            probes[label].net.bias.copy_(held[f"bias/{label}"])
+        torch.manual_seed(0)
+        effects = main.get_all_node_effects_for_one_sae(
+            adapter, probes, record["classes"], False, halves["train"], 125
+        )
+        torch.manual_seed(0)
+        ablated = main.perform_feature_ablations(
+            probes, adapter, 125, halves["test"], effects, ns, record["classes"], 500, False
+        )
+        return main.create_tpp_plotting_dict(ablated, record["probe_accuracy"])[0]
+
+
+def dense_sae(model: LanguageModel) -> MatryoshkaSAE:
+    """Random latents with biases, about half of them active on any text, and on the zero vector."""
+    generator = torch.Generator().manual_seed(0)
+    sae = MatryoshkaSAE(WIDTH, 24, (8,)).requires_grad_(False)
+    sae.initialise(torch.Generator().manual_seed(0), torch.randn(64, WIDTH, generator=generator))
+    sae.b_dec.copy_(torch.randn(WIDTH, generator=generator))
+    return sae
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_pooled_texts_give_what_sae_bench_computes_token_by_token(llama, tmp_path, monkeypatch, ragged):
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.randn(3, WIDTH, generator=generator)
+
+    def residuals(model, texts, context):
+        return [
+            shift[CLASSES.index(text.split()[0])]
+            + 2
+            * torch.randn(
+                int(torch.randint(2, 15, (), generator=generator)) if ragged else 7,
+                WIDTH,
+                generator=generator,
+            )
+            for text in texts
+        ]
+
+    monkeypatch.setattr(saebench_tpp, "tpp_texts", tree_texts)
+    monkeypatch.setattr(saebench_tpp, "_residuals", residuals)
+    monkeypatch.setattr(saebench_tpp, "TOKENS", 100)
+    sae = dense_sae(llama)
+    found = saebench_tpp.run_tpp(sae, llama, tmp_path, seed=0)["sets"]["trees"]
+    made = saebench_tpp.prepare_tpp(Workers(llama), tmp_path, seed=0)["trees"]
+    theirs = by_sae_bench(Adapter(sae, llama), made, [2, 5, 10, 20], pad=True)
+    # a text of 360 on the border, after rounding
+    assert found["padded"] == pytest.approx(theirs, abs=2 / 360)
+    assert found["padded"] != pytest.approx(found["scores"], abs=0.02)  # zeros count there
+    if not ragged:
+        assert found["scores"] == pytest.approx(
+            by_sae_bench(Adapter(sae, llama), made, [2, 5, 10, 20], pad=False), abs=2 / 360
+        )
+
+
+def test_residuals_are_the_models_own_without_bos(llama):
+    texts = ["a cat", "def main(): return [x for x in range(10)]" * 3, "x"]
+    found = saebench_tpp._residuals(llama, texts, context=12)
+    for text, resid in zip(texts, found):
+        ids = llama.tokenizer(text, add_special_tokens=False)["input_ids"][:11]
+        alone = llama.lower(torch.tensor([[llama.bos, *ids]]))[0, 1:]
+        assert resid.shape == alone.shape and (resid - alone).abs().max() < 1e-5
+
+
+def test_probes_that_know_nothing_are_not_run(llama, tmp_path, monkeypatch):
+    def residuals(model, texts, context):
+        return list(torch.randn(len(texts), 3, WIDTH, generator=torch.Generator().manual_seed(0)))
+
+    monkeypatch.setattr(saebench_tpp, "_residuals", residuals)
+    monkeypatch.setattr(saebench_tpp, "tpp_texts", tree_texts)
+    monkeypatch.setattr(saebench_tpp, "scr_texts", job_texts)
+    for run, name in ((saebench_tpp.run_tpp, "trees"), (saebench_tpp.run_scr, "jobs")):
+        found = run(both_signs(), llama, tmp_path, 0)
+        assert (
+            found["metrics"] == {}
+            and "less than 0.6" in found["not_run"]
+            and list(found["left_out"]) == [name]
+        )
+        assert all(0 < value < 0.7 for value in found["probe_accuracy"][name].values())
+
+
+def test_a_pair_whose_bias_costs_nothing_is_left_out(llama):
+    accuracy = {label: 0.9 for label in ATTRIBUTES} | {
+        f"{BIASED} probe on {label} data": value for label, value in zip(ATTRIBUTES, (0.9, 0.86))
+    }
+    record = {"probe_accuracy": accuracy, "classes": [*ATTRIBUTES, BIASED], "test_texts": 400}
+    assert "standard error is 0.025" in saebench_tpp._poor(record, scr=True)  # 0.04 lost
+    assert saebench_tpp._poor(record | {"test_texts": 900}, scr=True) == ""
+
+
+def test_nothing_is_left_behind_and_no_cache_is_taken_over(llama, folder, tmp_path, trees):
+    state = torch.get_rng_state()
+    first = saebench_tpp.run_tpp(both_signs(), llama, tmp_path, seed=0)
+    assert torch.is_grad_enabled() and torch.equal(torch.get_rng_state(), state)
+    (place,) = tmp_path.iterdir()
+    made = (place / "shared.safetensors").stat().st_mtime_ns
+    assert saebench_tpp.run_tpp(both_signs(), llama, tmp_path, seed=0) == first
+    assert (place / "shared.safetensors").stat().st_mtime_ns == made
+    other = save_model(tmp_path.parent / "retrained", seed=1, context=CONTEXT)
+    for n, (model, seed) in enumerate(
+        ((make_model(other), 0), (make_model(folder, layer=1), 0), (llama, 1)), 2
+    ):
+        artifact = saebench_tpp.prepare_tpp(Workers(model), tmp_path, seed)["trees"]
+        assert len(list(tmp_path.iterdir())) == n and artifact.parents == {"model": model.hash}
+    with pytest.raises(UserError, match="reads 8 channels"):
+        saebench_tpp.run_tpp(plain_sae(torch.eye(8)), llama, tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("name", saebench_texts.TPP_SETS)
+def test_tpp_texts(name):
+    texts = saebench_texts.tpp_texts(name, seed=0)
+    flat = [text for classes in texts.values() for found in classes.values() for text in found]
+    # no text twice, in no two classes or splits
+    assert len(flat) == len(set(flat)) and all(text.strip() for text in flat)
+    starts = {
+        split: {beginning(text) for found in classes.values() for text in found}
+        for split, classes in texts.items()
+    }
+    assert not starts["train"] & starts["test"]  # nor a near-duplicate
+    sizes = {split: {len(found) for found in classes.values()} for split, classes in texts.items()}
+    assert sizes == {"train": {600}, "test": {300}} and 4 <= len(texts["train"]) <= 5
+    assert saebench_texts.tpp_texts(name, seed=0) == texts
+    other = saebench_texts.tpp_texts(name, seed=1)
+    label = next(iter(texts["train"]))
+    assert set(other["train"][label]) != set(texts["train"][label])
+    if name == "subjects":
+        assert set(flat) <= saebench_texts.probing_texts() and set(saebench_texts.SUBJECTS) <= set(
+            PROBING_SETS
+        )
+
+
+@pytest.mark.parametrize("name", saebench_texts.SCR_PAIRS)
+def test_scr_texts(name):
+    with undisturbed():
+        texts, again, other = (saebench_texts.scr_texts(name, seed) for seed in (0, 0, 1))
+    assert texts == again and set(texts["train"][BIASED]) != set(other["train"][BIASED])
+    train, test = ({text for found in half.values() for text in found} for half in texts.values())
+    assert not train & test and not set(map(beginning, train)) & set(map(beginning, test))
+    for half in texts.values():
+        male, female = set(half["male / female"]), set(half["female_data_only"])
+        professor, nurse = set(half["professor / nurse"]), set(half["nurse_data_only"])
+        assert not male & female and not professor & nurse and male | female == professor | nurse
+        size = len(half[BIASED])
+        assert {len(found) for found in half.values()} == {size} and size % 2 == 0 and size >= 100
+        assert (
+            len(male & professor)
+            == len(male & nurse)
+            == len(female & professor)
+            == len(female & nurse)
+            == size / 2
+        )
+        assert male & professor < set(half[BIASED]) and female & nurse < set(half["female_nurse_data_only"])
+        assert not set(half[BIASED]) & (female | nurse)
+
+
+def test_scr_labels_are_those_of_the_wheel():
+    import pandas as pd
+
+    with undisturbed():
+        reviews, news = (
+            saebench_texts.scr_texts(name, 0)["train"] for name in ("product_film", "world_sport")
+        )
+    sets = "157_amazon_5star", "113_movie_sent", "97_news_class"
+    tables = (pd.read_csv(wheel_sets()[name]).drop_duplicates("prompt").set_index("prompt") for name in sets)
+    stars, films, topics = (table["target"] for table in tables)
+    assert (stars[reviews[BIASED]] == 1).all() and (films[reviews["female_nurse_data_only"]] == 0).all()
+    assert all("Reuters" in text for text in news["male / female"])
+    assert not any("Reuters" in text for text in news["female_data_only"])
+    known = topics[topics.index.intersection(news["nurse_data_only"])]
+    assert len(known) > 20 and (known == "Sport").all()
+    assert set(reviews["professor / nurse"]) <= set(stars.index)
