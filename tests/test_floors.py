@@ -27,7 +27,9 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 def modules() -> dict[str, Path]:
     """``room.module`` (``room`` for its own ``__init__``) and its file."""
     parts = {path: path.relative_to(FOLDER).with_suffix("").parts for path in FOLDER.rglob("*.py")}
-    return {".".join(p for p in names if p != "__init__"): path for path, names in parts.items() if len(names) > 1}
+    return {
+        ".".join(p for p in names if p != "__init__"): path for path, names in parts.items() if len(names) > 1
+    }
 
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
@@ -43,7 +45,11 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
             continue
         inside = [name.removeprefix("dmsae_lib.") for name in names if name.startswith("dmsae_lib.")]
         # `from package import module` is an import of the module, not of the package that holds it
-        deepest = [name for name in inside if not any(other.startswith(f"{name}.") and other in known for other in inside)]
+        deepest = [
+            name
+            for name in inside
+            if not any(other.startswith(f"{name}.") and other in known for other in inside)
+        ]
         found |= {name for name in deepest if name in known}
     return found
 

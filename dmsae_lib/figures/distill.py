@@ -130,7 +130,7 @@ def heatmap(results: Results) -> Figure:
             image, ax=axes, label="latents selected", pad=0.02, ticks=MaxNLocator(6, integer=True)
         )
     seeds = len({row["seed"] for row in rows})
-    caption = "Latents needed to reach a share of the total attribution, by k; candidates are the core and prefix 0."
+    caption = "Latents needed to reach a share of the total attribution, by k; candidates: core and prefix 0."
     return style.finish(
         figure,
         results,

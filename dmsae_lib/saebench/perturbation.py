@@ -258,7 +258,7 @@ def _poor(record: dict[str, Any], scr: bool) -> str:
         scored = min(ATTRIBUTES, key=lambda label: biased[label])
         lost, error = accuracy[scored] - biased[scored], 0.5 / math.sqrt(record["test_texts"])
         if lost <= 2 * error:
-            return f"bias costs the probe of {scored} {lost:.3f} of its accuracy, whose standard error is {error:.3f}"
+            return f"bias costs the probe of {scored} {lost:.3f} of its accuracy (standard error {error:.3f})"
     return ""
 
 

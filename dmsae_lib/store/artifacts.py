@@ -237,6 +237,18 @@ def load(folder: Path, kind: str | None, made_by: str = "") -> Artifact:
     return Artifact(folder, manifest, {key: value for key, value in made.items() if key != "hash"})
 
 
+def made(folder: Path, kind: str, parents: dict[str, str]) -> Artifact | None:
+    """The artefact in ``folder`` if it is there, whole, and made from these parents (name: content hash).
+
+    None where there is none or it was made from others; ArtifactError where it is damaged.
+    """
+    recover(folder)
+    if not (folder / "manifest.json").is_file():
+        return None
+    found = load(folder, kind)
+    return found if found.parents == parents else None
+
+
 def sweep(folder: Path) -> None:
     """Clear away what killed processes left in a run's folder: see :func:`dmsae_lib.store.atomic.sweep`; and
     the checkpoints of SAEs that are finished."""

@@ -305,7 +305,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, small_disk):
 
 def test_of_two_makes_of_one_run_the_second_says_so_and_a_killed_one_blocks_nobody(tmp_path):
     clone = make_clone(tmp_path / "a clone")
-    slow = "import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(0 if pathlib.Path('go').exists() else 60)"
+    slow = (
+        "import pathlib, time\npathlib.Path('started').touch()\n"
+        "time.sleep(0 if pathlib.Path('go').exists() else 60)"
+    )
     made = (
         "pathlib.Path('runs', run, 'harvest').mkdir(parents=True, exist_ok=True)\n"
         "pathlib.Path('runs', run, 'harvest', 'manifest.json').write_text('{}')\nprint('done')"
