@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dmsae_lib.figures.distill import core_identity, core_share, heatmap, origins, reselected, training
 from dmsae_lib.figures.house_style import SMALL
-from dmsae_lib.figures.retrain import controls, quality, saebench
+from dmsae_lib.figures.retrain import controls, quality, scores
 from dmsae_lib.figures.saebench import differences, paper_scale
 from dmsae_lib.figures.schematic import schematic
 from dmsae_lib.figures.sizing import sizing
@@ -58,7 +58,7 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     "1_schematic": schematic,
     "2_core_by_origin": origins,
     "3_distilled_vs_random": controls,
-    "4_saebench_vs_l0": saebench,
+    "4_saebench_vs_l0": scores,
     "5_core_size_heatmap": heatmap,
     "6_core_share_of_k": core_share,
     "7_training_curves": training,

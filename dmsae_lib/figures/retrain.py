@@ -95,7 +95,7 @@ def _imported(axes: Axes, results: Results, value: Callable[[Row], float | None]
 
 
 @styled
-def saebench(results: Results) -> Figure:
+def scores(results: Results) -> Figure:
     """SAEBench metrics against measured L0, DMSAE and baseline."""
     drawn = series.lines(results.summary, ["none", "distilled"], lambda row: row["saebench"])
     probing = results.summary["probing_baselines"]
