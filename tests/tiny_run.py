@@ -16,9 +16,9 @@ import matplotlib
 import nbformat
 import yaml
 
-from dmsae_lib import config as config_module
 from dmsae_lib.command.plan import Stage, stages, write_plan
 from dmsae_lib.config.run import Run, open_run
+from dmsae_lib.store import artifacts
 
 ROOT = Path(__file__).parents[1]
 EVERY_STEP = 1e-9  # checkpoint_seconds
@@ -56,14 +56,14 @@ def write_settings(root: Path) -> None:
 @contextlib.contextmanager
 def _inside(root: Path) -> Iterator[None]:
     """``root`` stands in for the repository."""
-    before, real = Path.cwd(), config_module.repository_root
-    config_module.repository_root = lambda: root
+    before, real = Path.cwd(), artifacts.repository_root
+    artifacts.repository_root = lambda: root
     os.chdir(root)
     try:
         yield
     finally:
         os.chdir(before)
-        config_module.repository_root = real
+        artifacts.repository_root = real
 
 
 def open_tiny(root: Path, name: str, *overrides: str) -> Run:

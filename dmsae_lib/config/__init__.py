@@ -23,7 +23,8 @@ from dmsae_lib.config.sections import (
     TrainingConfig,
 )
 from dmsae_lib.config.yaml_file import expect, read_tree, validated
-from dmsae_lib.store.artifacts import UserError, hash_json, repository_root
+from dmsae_lib.store import artifacts
+from dmsae_lib.store.artifacts import UserError, hash_json
 
 
 class RunConfig(Section):
@@ -191,7 +192,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(path, Path):
         expect(str, config=path)
     expect(list, overrides=overrides)
-    root = repository_root()
+    root = artifacts.repository_root()
     # wherever a notebook runs
     named = [root / "configs" / f"{path}.yaml", Path(path), root / path, root / "configs" / path]
     found = next((place for place in named if place.is_file()), None)

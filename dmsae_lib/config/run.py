@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dmsae_lib.config import RunConfig, load_config
 from dmsae_lib.config.yaml_file import expect
-from dmsae_lib.store.artifacts import Artifact, UserError, load, repository_root
+from dmsae_lib.store import artifacts
+from dmsae_lib.store.artifacts import Artifact, UserError, load
 
 STEP = {"sae": "train", "attribution": "attribute", "core": "distill"}  # what makes which artefact of a cycle
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -64,5 +65,5 @@ def open_run(config: str, run: str = "", overrides: list[str] | tuple[str, ...] 
     return Run(
         resolved,
         run or (resolved.name if plain else f"{resolved.name}--{resolved.hash[:8]}"),
-        repository_root(),
+        artifacts.repository_root(),
     )

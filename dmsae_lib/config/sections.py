@@ -5,6 +5,7 @@ source of each value.
 """
 
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -19,17 +20,72 @@ from pydantic import (
 )
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"  # language models that come with the package, a folder each
-Aggregator = Literal["mean_abs", "abs_mean", "quantile", "frequency"]
-# controls that no training has ever selected
-NEW_ROWS = ("random_directions", "data_points", "pca", "rotated")
-OF_LATENTS = ("random", "random_outside", "most_frequent")  # controls made of latents that some cycle trained
-CONTROLS = (*OF_LATENTS, *NEW_ROWS)
-# as many latents as the core has in every prefix, trained like all others
-UNFROZEN = ("warm_start", "cold_start")
-LONGER = ("longer_repeated", "longer_fresh")
-ARMS = ("none", "distilled", *CONTROLS, *UNFROZEN, *LONGER)
-Arm = Literal[ARMS]  # type: ignore[valid-type]
-Placebo = Literal[NEW_ROWS]  # type: ignore[valid-type]
+
+# The open lists: what a configuration may name. Each name is bound to its function in the room that has it
+# (distill, saebench), which refuses a name that is not here; so nothing of torch is needed to check a file.
+AGGREGATORS = ["mean_abs", "abs_mean", "quantile", "frequency"]
+ARMS = {  # each arm and its family
+    "none": "none",
+    "distilled": "distilled",
+    "random": "of latents",  # controls made of latents that some cycle trained
+    "random_outside": "of latents",
+    "most_frequent": "of latents",
+    "random_directions": "new rows",  # controls that no training has ever selected
+    "data_points": "new rows",
+    "pca": "new rows",
+    "rotated": "new rows",
+    "warm_start": "unfrozen",  # as many latents as the core has in every prefix, trained like all others
+    "cold_start": "unfrozen",
+    "longer_repeated": "longer",
+    "longer_fresh": "longer",
+}
+EVALS = [
+    "core",
+    "sparse_probing",
+    "absorption",
+    "tpp",
+    "scr",
+    "meta_structure",
+    "core_hub",
+    "sparse_probing_hub",
+]
+EVALS += ["tpp_hub", "scr_hub", "ravel", "autointerp", "unlearning", "mdl"]
+
+
+class Family(Sequence[str]):
+    """The arms of some families, in the order of ``ARMS``: an arm that is added there is here at once."""
+
+    def __init__(self, *families: str):
+        self.families = families
+
+    def _names(self) -> list[str]:
+        return [arm for arm, family in ARMS.items() if family in self.families]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._names()[index]
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+
+OF_LATENTS, NEW_ROWS, UNFROZEN, LONGER = map(Family, ("of latents", "new rows", "unfrozen", "longer"))
+CONTROLS = Family("of latents", "new rows")
+
+
+def one_of(names: Collection[str]) -> AfterValidator:
+    """Accepts what is in the open list ``names`` at the time."""
+
+    def known(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"is {name!r}, but must be one of {', '.join(names)}")
+        return name
+
+    return AfterValidator(known)
+
+
+Aggregator = Annotated[str, one_of(AGGREGATORS)]
+Arm = Annotated[str, one_of(ARMS)]
+Placebo = Annotated[str, one_of(NEW_ROWS)]
 CoreSparsity = Literal["relu", "batchtopk"]
 CoreBias = Literal["zero", "match_frequency"]
 CoreDecoder = Literal["random", "encoder"]
@@ -193,7 +249,9 @@ class RetrainConfig(Section):
 class SuiteConfig(Section):
     """The evals of ``make saebench``, beside the two that ``make reproduce`` runs."""
 
-    evals: EachOnce[str] | None = None  # None: all of them; those that cannot run here say why
+    evals: EachOnce[Annotated[str, one_of(EVALS)]] | None = (
+        None  # None: all of them; those that cannot run here say why
+    )
     arms: EachOnce[Arm] = ["none", "distilled"]
     ks: EachOnce[Positive] | None = None  # None: retrain.ks
     seeds: EachOnce[int] | None = None  # training seeds; None: retrain.seeds

@@ -52,7 +52,10 @@ CONFIG = {
         ["training.core_sparsity is 'topk'", "'relu' or 'batchtopk'"],
     ),
     "a coverage above 1": (["distill.coverage=1.2"], ["distill.coverage is 1.2", "less than 1"]),
-    "an unknown arm": (["retrain.arms=[none, distiled]"], ["retrain.arms.1 is 'distiled'", "'distilled'"]),
+    "an unknown arm": (
+        ["retrain.arms=[none, distiled]"],
+        ["retrain.arms.1 is 'distiled'", "one of none, distilled,"],
+    ),
     "no value": (["training.k"], ["'training.k' is not of the form section.key=value"]),
     "broken YAML": (["training.k=[1"], ["'training.k=[1'", "not valid YAML"]),
     "a setting below a setting": (["training.k.x=1"], ["k is not a section"]),

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dmsae_lib import config as config_module
-from dmsae_lib.config import RunConfig, load_config
+from dmsae_lib.config import RunConfig, load_config, sections
 from dmsae_lib.config.run import Run, open_run
 from dmsae_lib.config.sections import CONTROLS, UNFROZEN
 from dmsae_lib.config.yaml_file import split_overrides
+from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +215,7 @@ def repository(tmp_path, monkeypatch) -> Path:
     root = tmp_path.resolve() / "clone"
     for name in ("configs", "notebooks", "models/mine", "texts", "saes/theirs", "elsewhere/owner/name"):
         (root / name).mkdir(parents=True)
-    monkeypatch.setattr(config_module, "repository_root", lambda: root)
+    monkeypatch.setattr(artifacts, "repository_root", lambda: root)
     return root
 
 
@@ -362,3 +362,25 @@ def test_whatever_yaml_makes_of_it_a_broken_file_is_one_sentence(tmp_path, text)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match="mine.yaml is not valid YAML: "):
         load_config(path)
+
+
+def test_an_open_list_takes_a_name_that_is_added_to_it(monkeypatch):
+    overrides = [
+        "distill.aggregator=toy_mean",
+        "distill.placebos=[toy_rows]",
+        "retrain.arms=[none, toy_rows, toy_free]",
+        "saebench.suite.evals=[toy_eval]",
+    ]
+    for override in overrides:
+        with pytest.raises(UserError, match="toy_.*must be one of"):
+            load_config("smoke", [override])
+    monkeypatch.setitem(sections.ARMS, "toy_rows", "new rows")
+    monkeypatch.setitem(sections.ARMS, "toy_free", "unfrozen")
+    sections.AGGREGATORS.append("toy_mean")
+    sections.EVALS.append("toy_eval")
+    try:
+        config = load_config("smoke", overrides)
+    finally:
+        sections.AGGREGATORS.remove("toy_mean")
+        sections.EVALS.remove("toy_eval")
+    assert config.distill.aggregator == "toy_mean" and "toy_rows" in CONTROLS and "toy_free" not in CONTROLS
