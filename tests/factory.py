@@ -109,7 +109,7 @@ def history(cycle: int) -> list[dict]:
             "fvu": 0.9 * math.exp(-s / 40) + 0.13 + 0.01 * cycle,
             "aux": 0.1,
             "L0_core": CORE_L0[cycle] * (1 - math.exp(-s / 20)),
-            "L0_non_core": 64 - CORE_L0[cycle],
+            "L0_free": 64 - CORE_L0[cycle],
             "L0_total": 64,
             "dead": max(0, 200 - s),
             "threshold": 0.1,
@@ -147,7 +147,7 @@ def latents(counts: list[int]) -> list[dict]:
 def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
     counts, offset = origins(run, cycle, chain), place(run, chain)
     core_in, size, kept = sum(origins(run, cycle - 1, chain)) if cycle else 0, sum(counts), sum(counts[:-1])
-    l0 = {"core": float(CORE_L0[cycle]), "non_core": 64.2 - CORE_L0[cycle], "total": 64.2}
+    l0 = {"core": float(CORE_L0[cycle]), "free": 64.2 - CORE_L0[cycle], "total": 64.2}
     fvus = {"32": 0.5 - 0.01 * cycle, "96": 0.4, "224": 0.3, "480": 0.25, "full": 0.133 + 0.0125 * cycle}
     before = (run.cycle(cycle - 1, "core", chain), "core") if cycle else (run.folder / "harvest", "harvest")
     parent = hash_of(*before)
@@ -231,7 +231,7 @@ def write_retrained(run: Run, k: int, arm: str, seed: int, chain: str = "main") 
     metrics = {
         "core_size": 108 if has_core else 0,
         "overlap": 0.3 if arm in CONTROLS and has_core else None,
-        "L0": {"core": core_l0, "non_core": total - core_l0, "total": total},
+        "L0": {"core": core_l0, "free": total - core_l0, "total": total},
         "unbound": unbound,
         "fvu": {"full": fvu(arm, total)},
         "loss_increase": {"full": increase, "prefix0": 5 * increase},
@@ -275,7 +275,7 @@ def write_index(run: Run, chain: str) -> None:
     retrain = run.config.retrain
     for at, arm, seed in [(k, *pair) for k in retrain.ks for pair in run.config.retrain_arms(k, chain)]:
         before = core_frequency(arm, 0, place(run, chain)) if arm in ("distilled", *OF_LATENTS) else None
-        row = {"k": at, "core": arm, "seed": seed, "frequency_before": before}
+        row = {"k": at, "arm": arm, "seed": seed, "frequency_before": before}
         if chain == "main" and arm in ("none", "distilled") and seed == retrain.seeds[0]:
             candidates = M_0 + (108 if arm == "distilled" else 0)
             curve = [[c, round(candidates * c ** (2 - at / 200))] for c in COVERAGES]

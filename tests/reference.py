@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.sae.select import batch_topk, non_core_budget
+from dmsae_lib.sae.select import batch_topk, free_budget
 
 TRAINED = ("free_rows", "W_dec", "b_enc", "b_dec")
 
@@ -34,7 +34,7 @@ def reference_gradients(
     W_enc = torch.cat([sae.core_rows.double(), free_rows]).T
     a = torch.relu((x - b_dec) @ W_enc + b_enc)
     if sae.core_sparsity == "relu":  # the core is exempt, and the others get what it leaves
-        budget = int(non_core_budget(len(x), k, a[:, :c].count_nonzero(), k_min))
+        budget = int(free_budget(len(x), k, a[:, :c].count_nonzero(), k_min))
         f = torch.cat([a[:, :c], a[:, c:] * batch_topk(a[:, c:].detach(), budget)[0]], dim=1)
     else:
         f = a * batch_topk(a.detach(), len(x) * k)[0]

@@ -192,9 +192,7 @@ def test_the_summary_follows_its_schema_and_has_a_row_for_everything(smoke):
         for k in config.retrain.ks
         for arm, seed in config.retrain_arms(k, chain)
     )
-    assert (
-        sorted((row["chain"], row["k"], row["core"], row["seed"]) for row in summary["retrain"]) == expected
-    )
+    assert sorted((row["chain"], row["k"], row["arm"], row["seed"]) for row in summary["retrain"]) == expected
     for row in summary["retrain"]:
         assert row["unbound"] or row["L0"]["total"] == pytest.approx(row["k"], rel=0.05), row
 

@@ -62,6 +62,6 @@ def write_run(
         save_sae(writer, sae, scale)
         writer.json(
             "metrics.json",
-            {"k": K, "L0": {"core": 3.0, "non_core": 6.0, "total": 9.0}, "core": "distilled", "seed": 0},
+            {"k": K, "L0": {"core": 3.0, "free": 6.0, "total": 9.0}, "arm": "distilled", "seed": 0},
         )
     return load(place, "sae")

@@ -172,7 +172,7 @@ class DataConfig(Section):
 
 class SAEConfig(Section):
     d_sae: Positive  # the core included
-    prefixes: list[Positive]  # cumulative non-core sizes; the last one, d_sae - core, is implied
+    prefixes: list[Positive]  # cumulative free sizes; the last one, d_sae - core, is implied
 
 
 class CoreSettings(Section):

@@ -107,7 +107,7 @@ def evaluate(
     """Metrics of a folded SAE on the usable positions of ``split``, on which the model has ``losses``;
     ``at_hand``: :func:`lower_all` of it.
 
-    Returns L0 {core, non_core, total} at the calibrated and at the EMA threshold, fvu by prefix size and
+    Returns L0 {core, free, total} at the calibrated and at the EMA threshold, fvu by prefix size and
     "full", ce_loss (nats, full reconstruction), loss_increase {prefix0, full} (nats, ce_loss - clean),
     loss_recovered {prefix0, full} against zero ablation and loss_recovered_mean (full) against mean ablation,
     dead (latents that never fired here), rare (the share of latents that fired on less than RARE of the
@@ -146,8 +146,8 @@ def evaluate(
     ce = {name: value / n_targets for name, value in summed.items()}
     frequency = (core_fired / n_tokens).tolist()
     return {
-        "L0": {"core": l0_core, "non_core": l0 - l0_core, "total": l0},
-        "L0_ema": {"core": ema_core, "non_core": ema_total - ema_core, "total": ema_total},
+        "L0": {"core": l0_core, "free": l0 - l0_core, "total": l0},
+        "L0_ema": {"core": ema_core, "free": ema_total - ema_core, "total": ema_total},
         "dead": int((fired == 0).sum()),
         "rare": float((fired < RARE * n_tokens).float().mean()),
         "tokens_tested": n_tokens,

@@ -13,7 +13,7 @@ from dmsae_lib.report import series
 from dmsae_lib.report.results import Results
 from dmsae_lib.report.series import ARMS
 
-SHARE_LIMIT = 0.75  # core L0 / k above which the non-core is starved
+SHARE_LIMIT = 0.75  # core L0 / k above which free latents are starved
 CURVES = {"fvu": "FVU (fraction)", "L0_core": "core L0 (latents per token)", "dead": "dead latents"}
 MOST_COVERAGES = 10  # rows of the heat map
 MATCHES = {
@@ -183,7 +183,7 @@ def core_share(results: Results) -> Figure:
             linewidth=1,
             linestyle="--",
             zorder=1,
-            label=f"{SHARE_LIMIT}: little is left for the non-core",
+            label=f"{SHARE_LIMIT}: little is left for free latents",
         )
         axes.set_ylabel("core L0 / k (fraction)")
         axes.set_ylim(bottom=-0.06)

@@ -139,8 +139,8 @@ def quality(results: Results) -> Figure:
     """Loss increase and FVU against total L0, every arm; and below, above the baseline at equal L0."""
     drawn = series.lines(results.summary)
     ks = sorted({row["k"] for _, rows in drawn for row in rows})
-    baselines = [row for _, rows in drawn for row in rows if row["core"] == "none"]
-    compared = [(look, rows) for look, rows in drawn if rows[0]["core"] != "none"]
+    baselines = [row for _, rows in drawn for row in rows if row["arm"] == "none"]
+    compared = [(look, rows) for look, rows in drawn if rows[0]["arm"] != "none"]
     # between two arms
     aside = min((b / a for a, b in pairwise(ks)), default=2) ** (0.4 / max(len(compared), 1))
     figure = style.new_figure(DOUBLE, 6.2)

@@ -53,7 +53,7 @@ def cycle(axes: Axes, results: Results) -> None:
     axes.set_ylim(0, 80)
     axes.set_axis_off()
     relu = (
-        "core: ReLU, non-core: BatchTopK"
+        "core: ReLU, free: BatchTopK"
         if sizes["core_sparsity"] == "relu"
         else "one BatchTopK for core and rest"
     )
@@ -148,7 +148,7 @@ def budget(axes: Axes, results: Results) -> None:
     axes.text(at[0] - 0.4, k + 0.02 * top, f"k = {k}", va="bottom", fontsize=SMALL)
     axes.legend(
         handles=[axes.containers[1], axes.containers[0]],
-        labels=["left for the non-core", "core, measured"],
+        labels=["left for free latents", "core, measured"],
         loc="upper right",
         handlelength=1,
         borderaxespad=0.1,

@@ -70,8 +70,8 @@ def _numbers(summary: Row) -> Iterator[Number]:
                 yield Number(f"{place}.{kind}", f"cycle.{kind}", (group, row["cycle"]), value)
     for row in summary["retrain"]:
         chain = "" if row["chain"] == "main" else f"chain {row['chain']}, "
-        place = f"retrain[{chain}k={row['k']}, {row['core']}, seed {row['seed']}]"
-        group = (kinds.get(row["chain"], row["chain"]), row["k"], row["core"])
+        place = f"retrain[{chain}k={row['k']}, {row['arm']}, seed {row['seed']}]"
+        group = (kinds.get(row["chain"], row["chain"]), row["k"], row["arm"])
         for kind, value in [
             ("fvu", row["fvu"]),
             ("loss_increase", row["loss_increase"]),

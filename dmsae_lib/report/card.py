@@ -215,10 +215,10 @@ def _measured(core: PortableCore, results: Path | None) -> str:
         "|--:|:--|--:|--:|--:|--:|--:|",
     ]
     rows = [
-        row for row in summary["retrain"] if row["chain"] == "main" and row["core"] in ("none", "distilled")
+        row for row in summary["retrain"] if row["chain"] == "main" and row["arm"] in ("none", "distilled")
     ]
-    for k, arm in dict.fromkeys((row["k"], row["core"]) for row in rows):
-        here = [row for row in rows if (row["k"], row["core"]) == (k, arm)]
+    for k, arm in dict.fromkeys((row["k"], row["arm"]) for row in rows):
+        here = [row for row in rows if (row["k"], row["arm"]) == (k, arm)]
         core_l0, total = (mean(row["L0"][part] for row in here) for part in ("core", "total"))
         fvu, increase = (mean(row[name] for row in here) for name in ("fvu", "loss_increase"))
         name = f"{arm} (unbound)" if any(row["unbound"] for row in here) else arm

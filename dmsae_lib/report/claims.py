@@ -192,7 +192,7 @@ def beats_baseline(rows: list[Row], k: int) -> Row:
     is the distillation k, "low" is up to it. Over chains where the cores of several were scored, else over
     the main one's training seeds. The claim's value is probing top 1 at the largest low k.
     """
-    scored = {r["chain"] for r in rows if r["core"] == "distilled" and score(r, "probe_top1") is not None}
+    scored = {r["chain"] for r in rows if r["arm"] == "distilled" and score(r, "probe_top1") is not None}
     several = len(scored) > 1
     rows = [r for r in rows if r["chain"] in (scored if several else {"main"})]
     parts, missing, ks = [], [], bound_ks(rows)
@@ -233,7 +233,7 @@ def control_parts(rows: list[Row]) -> list[Row]:
     for k in bound_ks(rows):
         for control in CONTROLS:
             gains = by_chain(over_control(rows, control, k)).values()
-            ran = any((r["core"], r["k"]) == (control, k) for r in rows)
+            ran = any((r["arm"], r["k"]) == (control, k) for r in rows)
             name = control if gains else f"{control} ({'no equal L0' if ran else 'not run'})"
             parts.append(part(name, gains, side="below", k=k))
     return parts
@@ -271,7 +271,7 @@ def serves_all_k(rows: list[Row]) -> Row:
 
     The claim's value is the difference to the baseline at the k where it is worst.
     """
-    ks, arms = bound_ks(rows), {r["k"] for r in rows if r["core"] == "distilled"}
+    ks, arms = bound_ks(rows), {r["k"] for r in rows if r["arm"] == "distilled"}
     close = [
         part(
             "distilled - baseline",
@@ -309,7 +309,7 @@ def wins_its_place(rows: list[Row], k: int, core_sparsity: str) -> Row:
     }
 
     def of(arm: str, name: str) -> OfSAE:
-        found = {(r["chain"], r["seed"]): measures[name](r) for r in rows if (r["core"], r["k"]) == (arm, k)}
+        found = {(r["chain"], r["seed"]): measures[name](r) for r in rows if (r["arm"], r["k"]) == (arm, k)}
         return {sae: value for sae, value in found.items() if value is not None}
 
     parts, controls = [], {share: CONTROLS, before: OF_LATENTS, next_k: NEW_ROWS}

@@ -31,7 +31,7 @@ def baseline_at(rows: list[Row], chain: str, seed: int, l0: float, metric: str) 
     points = sorted(
         (math.log(r["L0"]["total"]), score(r, metric))
         for r in rows
-        if (r["chain"], r["core"], r["seed"]) == (chain, "none", seed) and score(r, metric) is not None
+        if (r["chain"], r["arm"], r["seed"]) == (chain, "none", seed) and score(r, metric) is not None
     )
     x = math.log(l0)
     if not points or not points[0][0] - L0_MARGIN <= x <= points[-1][0] + L0_MARGIN:
@@ -48,7 +48,7 @@ def advantage(rows: list[Row], arm: str, k: int | None, metric: str) -> OfSAE:
     out."""
     gains = {}
     for row in rows:
-        if row["core"] == arm and row["k"] == k and not row["unbound"] and score(row, metric) is not None:
+        if row["arm"] == arm and row["k"] == k and not row["unbound"] and score(row, metric) is not None:
             base = baseline_at(rows, row["chain"], row["seed"], row["L0"]["total"], metric)
             if base is not None:
                 gains[row["chain"], row["seed"]] = score(row, metric) - base
@@ -81,4 +81,4 @@ def per_unit(found: OfSAE) -> tuple[list[float], str]:
 
 def bound_ks(rows: list[Row]) -> list[int]:
     """The k's at which at least one SAE with the distilled core could be calibrated to total L0 = k."""
-    return sorted({r["k"] for r in rows if r["core"] == "distilled" and not r["unbound"]})
+    return sorted({r["k"] for r in rows if r["arm"] == "distilled" and not r["unbound"]})

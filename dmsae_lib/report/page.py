@@ -214,7 +214,7 @@ def _controls(summary: Row) -> list[str]:
     """The main chain's kind of core and its controls at the distillation k."""
     k, rows, found = summary["sizes"]["k"], kinds(summary)[0].rows, []
     for arm in ARMS:
-        if mine := [row for row in rows if (row["core"], row["k"]) == (arm, k)]:
+        if mine := [row for row in rows if (row["arm"], row["k"]) == (arm, k)]:
             gains = per_unit(advantage(rows, arm, k, "loss_increase"))[0] if arm != "none" else []
             found.append(
                 [

@@ -80,7 +80,7 @@ def compared_gates(k: int, exempt: list[int], retrained: list[Row]) -> list[Row]
     )
     for at in sorted({row["k"] for row in retrained}):
         for arm, name in (("none", "no core"), ("distilled", "the distilled core")):
-            if rare := [row["rare"] for row in retrained if (row["core"], row["k"]) == (arm, at)]:
+            if rare := [row["rare"] for row in retrained if (row["arm"], row["k"]) == (arm, at)]:
                 found.append(
                     (
                         f"share of rare latents after retraining with {name} at k = {at}",

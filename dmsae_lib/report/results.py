@@ -40,14 +40,14 @@ def validate(summary: Row) -> None:
                 raise UserError(
                     f"summary.json, {place}: origins do not add up to core_out in cycle {row['cycle']}."
                 )
-    keys = [(row["chain"], row["k"], row["core"], row["seed"]) for row in summary["retrain"]]
+    keys = [(row["chain"], row["k"], row["arm"], row["seed"]) for row in summary["retrain"]]
     if len(set(keys)) < len(keys):
-        raise UserError("summary.json, retrain: two rows have the same chain, k, core and seed.")
+        raise UserError("summary.json, retrain: two rows have the same chain, k, arm and seed.")
     for row in [row for rows in [*chains.values(), summary["retrain"]] for row in rows]:
-        core, rest, total = (row["L0"][part] for part in ("core", "non_core", "total"))
+        core, rest, total = (row["L0"][part] for part in ("core", "free", "total"))
         if abs(core + rest - total) > 0.01 * max(1.0, total):
             raise UserError(
-                f"summary.json: the L0 total {total} is not the sum of core {core} and non_core {rest}."
+                f"summary.json: the L0 total {total} is not the sum of core {core} and free {rest}."
             )
 
 

@@ -33,24 +33,22 @@ def _mean(found: OfSAE) -> Row:
 
 
 def total_l0(rows: list[Row], k_distill: int) -> Row:
-    """R1: per arm and k, L0 of core, non-core and both, with the loss increase; means over all SAEs."""
+    """R1: per arm and k, L0 of core, free and both, with the loss increase; means over all SAEs."""
     numbers = []
     for arm in ARMS:
-        for k in sorted({r["k"] for r in rows if r["core"] == arm}):
-            group = [r for r in rows if (r["core"], r["k"]) == (arm, k)]
+        for k in sorted({r["k"] for r in rows if r["arm"] == arm}):
+            group = [r for r in rows if (r["arm"], r["k"]) == (arm, k)]
             numbers.append(
                 {
-                    "core": arm,
+                    "arm": arm,
                     "k": k,
                     "n": len(group),
                     "unbound": sum(r["unbound"] for r in group),
-                    "L0": {
-                        part: fmean(r["L0"][part] for r in group) for part in ("core", "non_core", "total")
-                    },
+                    "L0": {part: fmean(r["L0"][part] for r in group) for part in ("core", "free", "total")},
                     "loss_increase": fmean(r["loss_increase"] for r in group),
                 }
             )
-    at = next((n for n in numbers if (n["core"], n["k"]) == ("distilled", k_distill)), None)
+    at = next((n for n in numbers if (n["arm"], n["k"]) == ("distilled", k_distill)), None)
     text = "No SAE with the distilled core was trained at the distillation k."
     if at:
         gain = _mean(advantage(rows, "distilled", k_distill, "loss_increase"))["mean"]
@@ -70,7 +68,7 @@ def longer_baselines(rows: list[Row], k: int) -> Row:
         for arm in ("distilled", *LONGER)
     }
     for arm, entry in numbers.items():
-        entry["tokens"] = next((r["tokens"] for r in rows if (r["core"], r["k"]) == (arm, k)), None)
+        entry["tokens"] = next((r["tokens"] for r in rows if (r["arm"], r["k"]) == (arm, k)), None)
     shown = "; ".join(
         f"{arm} {number(entry['loss_increase']['mean'])} (n = {entry['loss_increase']['n']})"
         for arm, entry in numbers.items()
@@ -116,7 +114,7 @@ def firing(core: list[float], candidates: list[float]) -> Row:
 def most_frequent(rows: list[Row], k: int) -> Row:
     """R5: the distilled core minus a core of equal size made of the most frequent candidates."""
     overlaps = [
-        r["overlap"] for r in rows if (r["core"], r["k"]) == ("most_frequent", k) and r["overlap"] is not None
+        r["overlap"] for r in rows if (r["arm"], r["k"]) == ("most_frequent", k) and r["overlap"] is not None
     ]
     difference = _mean(over_control(rows, "most_frequent", k))
     numbers = {

@@ -80,13 +80,13 @@ def lines(
     core."""
     main, *others = kinds(summary)
     found = [
-        ((label(arm, summary), *ARMS[arm][1:]), [row for row in main.rows if row["core"] == arm])
+        ((label(arm, summary), *ARMS[arm][1:]), [row for row in main.rows if row["arm"] == arm])
         for arm in arms
     ]
     found += [
         (
             (ARMS["distilled"][0].format(kind=kind.name), kind.colour, kind.marker),
-            [row for row in kind.rows if row["core"] == "distilled"],
+            [row for row in kind.rows if row["arm"] == "distilled"],
         )
         for kind in others
     ]

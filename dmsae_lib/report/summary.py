@@ -26,9 +26,9 @@ from dmsae_lib.saebench.probing import mean_baselines, suitable
 from dmsae_lib.store.artifacts import Artifact, ArtifactError, load, write
 
 Row = dict[str, Any]
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 CYCLE_POINTS, RETRAIN_POINTS = 150, 20  # rows kept of each training history
-L0_PARTS = ("core", "non_core", "total")
+L0_PARTS = ("core", "free", "total")
 
 
 class Stages:
@@ -162,7 +162,7 @@ def retrain_row(chain: str, k: int, arm: str, seed: int, metrics: Row, numbers: 
     return {
         "chain": chain,
         "k": k,
-        "core": arm,
+        "arm": arm,
         "seed": seed,
         "core_size": metrics["core_size"],
         "overlap": metrics["overlap"],
@@ -190,7 +190,7 @@ def retrain_rows(stages: Stages, of_sae: dict[tuple[int, str, int], Row]) -> lis
     ks, rows, frequencies = sorted(stages.run.config.retrain.ks), [], {}
     for chain in stages.run.config.retrained_chains:
         rows_of = stages.retrain_index(chain).json("index.json")["rows"]
-        before = {(row["k"], row["core"], row["seed"]): row["frequency_before"] for row in rows_of}
+        before = {(row["k"], row["arm"], row["seed"]): row["frequency_before"] for row in rows_of}
         for k, arm, seed, sae in stages.retrained(chain):
             metrics = sae.json("metrics.json")
             row = retrain_row(
@@ -203,7 +203,7 @@ def retrain_rows(stages: Stages, of_sae: dict[tuple[int, str, int], Row]) -> lis
     for row in rows:
         place = ks.index(row["k"])
         other = ks[place + 1] if place + 1 < len(ks) else ks[place - 1]
-        pair = [frequencies.get((row["chain"], k, row["core"], row["seed"])) for k in (row["k"], other)]
+        pair = [frequencies.get((row["chain"], k, row["arm"], row["seed"])) for k in (row["k"], other)]
         row["frequency_correlation"]["next_k"] = _correlation(*pair) if len(ks) > 1 else None
     return rows
 
@@ -367,7 +367,7 @@ def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
             "differences": scores.differences(retrained, scored, outliers["test"]),
             "heatmap": [
                 {
-                    "arm": row["core"],
+                    "arm": row["arm"],
                     "k": k,
                     "seed": row["seed"],
                     "coverage": share,
@@ -420,7 +420,7 @@ def tables(summary: Row, stages: Stages) -> dict[str, list[Row]]:
         for row in thinned(stages.cycle(t)[0].csv("history.csv"), CYCLE_POINTS)
     ]
     found["history_retrain.csv"] = [
-        {"chain": chain, "k": k, "core": arm, "seed": seed} | row
+        {"chain": chain, "k": k, "arm": arm, "seed": seed} | row
         for chain in stages.run.config.retrained_chains
         for k, arm, seed, sae in stages.retrained(chain)
         for row in thinned(sae.csv("history.csv"), RETRAIN_POINTS)

@@ -19,8 +19,8 @@ class Kept(NamedTuple):
     smallest: Tensor  # () the smallest kept value, 0 where nothing is kept
 
 
-def non_core_budget(batch_size: int, k: int, n_core_active: Tensor, k_min: int = 1) -> Tensor:
-    """How many non-core activations a batch keeps: max(B k_min, B k - positive core activations), () int64.
+def free_budget(batch_size: int, k: int, n_core_active: Tensor, k_min: int = 1) -> Tensor:
+    """How many free activations a batch keeps: max(B k_min, B k - positive core activations), () int64.
 
     Method section 2: the core is exempt from BatchTopK, and the budget moves so that the total L0 is k.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmsae_lib.sae.entries import entries, product, where_active
 from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.sae.select import Kept, keep_largest, keep_largest_fixed, non_core_budget
+from dmsae_lib.sae.select import Kept, keep_largest, keep_largest_fixed, free_budget
 
 
 @dataclass
@@ -130,7 +130,7 @@ def _select(
     if sae.core_sparsity == "relu" or not c:
         f_core = product(centred, sae.core_rows.T, bf16).add_(sae.b_enc[:c]).relu_()
         pre = product(centred, sae.free_rows.T, bf16)
-        budget = non_core_budget(batch, k, f_core.count_nonzero(), k_min)
+        budget = free_budget(batch, k, f_core.count_nonzero(), k_min)
         return f_core, pre, largest(pre, sae.b_enc[c:], budget, batch * max(k, k_min))
     pre = product(centred, torch.cat([sae.core_rows, sae.free_rows]).T, bf16)
     row, latent, value, smallest = largest(pre, sae.b_enc, batch * k, batch * k)

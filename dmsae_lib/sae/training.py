@@ -109,7 +109,7 @@ class Trainer:
                     "fvu": fvu if math.isfinite(fvu := float(stats.fvu)) else None,
                     "aux": float(stats.aux),
                     "L0_core": core,
-                    "L0_non_core": free,
+                    "L0_free": free,
                     "L0_total": core + free,
                     "dead": int(self.dead.sum()),
                     "threshold": float(sae.threshold_ema),

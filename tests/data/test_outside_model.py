@@ -93,10 +93,10 @@ def test_outside_model_by_every_stage(test_model, run_name):
     summary = json.loads((run.folder / "summary" / "summary.json").read_text())
     assert summary["inputs"]["model"]["name"] == str(test_model) and summary["sizes"]["d_in"] == width
     assert [row["cycle"] for row in summary["cycles"]] == [0, 1] and summary["final_core"]["size"] > 0
-    assert {row["core"] for row in summary["retrain"]} == {"none", "distilled", "random"}
+    assert {row["arm"] for row in summary["retrain"]} == {"none", "distilled", "random"}
     for row in summary["retrain"]:
         assert row["loss_recovered"] > 0.5, row
-        scored = row["chain"] == "main" and row["core"] in run.config.saebench.arms
+        scored = row["chain"] == "main" and row["arm"] in run.config.saebench.arms
         assert row["saebench"]["ce_loss_score"] > 0.5 if scored else row["saebench"] is None, row
     assert len(list((run.folder / "figures").glob("*.png"))) >= 8
 

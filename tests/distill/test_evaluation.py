@@ -211,9 +211,9 @@ def test_l0_by_part(residuals, sae, found):
         active = naive_activations(sae, residuals, threshold) > 0
         counted = {
             "core": active[:, :CORE].sum() / len(active),
-            "non_core": active[:, CORE:].sum() / len(active),
+            "free": active[:, CORE:].sum() / len(active),
         }
-        counted["total"] = counted["core"] + counted["non_core"]
+        counted["total"] = counted["core"] + counted["free"]
         # float32 may put two values across the threshold
         assert found[key] == pytest.approx(counted, abs=2 / len(active))
     active = naive_activations(sae, residuals, float(sae.threshold)) > 0

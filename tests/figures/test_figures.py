@@ -415,7 +415,7 @@ def test_a_line_is_an_arm_of_one_kind_of_core(apart):
     assert {row["chain"] for row in found["DMSAE (equal-L0 core)"]} == set(REPLICATES)
     assert {row["chain"] for row in found["DMSAE (ReLU core)"]} == {"relu0", "relu1"} and len(found) == 11
     assert "Matryoshka baseline" not in {
-        label for (label, *_), _ in lines(apart.summary, wanted=lambda row: row["core"] != "none")
+        label for (label, *_), _ in lines(apart.summary, wanted=lambda row: row["arm"] != "none")
     }
     values, varied = units(found["principal components"], lambda row: row["fvu"])
     assert len(values) == 3 and varied == "distillation chain"
@@ -458,7 +458,7 @@ def test_controls_show_every_sae_of_the_replicates_with_ranks_and_intervals(apar
     rows = [row for row in apart.summary["retrain"] if row["k"] == 64 and row["chain"] in REPLICATES]
     for axes, metric in zip(figure.axes, ("loss_increase", "fvu")):
         for arm in ("none", "distilled", *CONTROLS, "warm_start"):
-            values = [row[metric] for row in rows if row["core"] == arm]
+            values = [row[metric] for row in rows if row["arm"] == arm]
             assert [x for x, _ in points(axes, ARMS[arm][2])] == sorted(values) and len(values) == 3
             bars = [
                 list(line.get_xdata())
@@ -468,7 +468,7 @@ def test_controls_show_every_sae_of_the_replicates_with_ranks_and_intervals(apar
             assert bars == ([t_interval(values)] if t_interval(values) else [])
         assert max(line.get_xdata()[0] for line in axes.lines) < 1  # no ReLU core among them
     shown = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    l0 = mean(rows, lambda row: row["L0"]["core"], core="pca")
+    l0 = mean(rows, lambda row: row["L0"]["core"], arm="pca")
     assert (
         f"principal components\nrank 30.0, L0 {l0:.1f} of 63.7" in shown
         and "warm start, unfrozen\nno core, L0 63.7" in shown
@@ -486,7 +486,7 @@ def test_core_share_has_a_line_per_chain_and_a_mean_per_kind(several):
             (
                 k,
                 pytest.approx(
-                    mean(kind.rows, lambda row: row["L0"]["core"] / row["k"], k=k, core="distilled")
+                    mean(kind.rows, lambda row: row["L0"]["core"] / row["k"], k=k, arm="distilled")
                 ),
             )
             for k in (64, 96)

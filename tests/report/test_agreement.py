@@ -24,7 +24,7 @@ def summary(tmp_path_factory):
 
 
 def values(summary, arm, k, key):
-    return [row[key] for row in summary["retrain"] if (row["core"], row["k"]) == (arm, k)]
+    return [row[key] for row in summary["retrain"] if (row["arm"], row["k"]) == (arm, k)]
 
 
 def test_a_tolerance_is_pooled_over_replicates_and_says_so(summary):
@@ -71,9 +71,9 @@ def test_replicates_that_do_not_differ_leave_rounding(summary):
         [
             row["L0"]["core"]
             for row in summary["retrain"]
-            if (row["core"], row["k"]) == place and row["L0"]["core"]
+            if (row["arm"], row["k"]) == place and row["L0"]["core"]
         ]
-        for place in {(row["core"], row["k"]) for row in summary["retrain"]}
+        for place in {(row["arm"], row["k"]) for row in summary["retrain"]}
     ]
     assert summary["tolerances"]["L0.core"]["df"] == sum(len(group) - 1 for group in cores if group)
 
@@ -150,6 +150,6 @@ def test_a_number_that_one_side_lacks_is_a_disagreement(summary):
     for rows in (compare(fresh, summary), compare(summary, fresh | {"tolerances": summary["tolerances"]})):
         missing = {row["metric"] for row in rows if row["far"]}
         assert (
-            f"retrain[k={gone['k']}, {gone['core']}, seed {gone['seed']}].fvu" in missing
+            f"retrain[k={gone['k']}, {gone['arm']}, seed {gone['seed']}].fvu" in missing
             and assess(rows)["disagrees"]
         )

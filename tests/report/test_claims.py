@@ -25,10 +25,10 @@ def sae(
     l0 = l0 or float(k)
     return {
         "chain": chain,
-        "core": core,
+        "arm": core,
         "k": k,
         "seed": seed,
-        "L0": {"core": core_l0, "non_core": l0 - core_l0, "total": l0},
+        "L0": {"core": core_l0, "free": l0 - core_l0, "total": l0},
         "unbound": unbound,
         "loss_increase": line(l0, chain, seed) + effect,
         "fvu": 0.1,
@@ -97,7 +97,7 @@ def test_advantage_is_the_effect_whatever_the_measured_l0():
 def test_unbound_rows_enter_no_comparison():
     rows = BASELINE + arm("distilled", 0.02) + arm("random", 0.04)
     for row in rows:
-        if row["core"] == "distilled" and (row["k"] == 24 or row["chain"] == "e"):
+        if row["arm"] == "distilled" and (row["k"] == 24 or row["chain"] == "e"):
             row["unbound"] = True
     assert equal_l0.bound_ks(rows) == [48, 96]
     assert equal_l0.advantage(rows, "distilled", 24, "loss_increase") == {}
@@ -398,7 +398,7 @@ def test_frequencies_are_compared_with_the_cycle_before_where_there_is_one():
     }
     assert names == set(OF_LATENTS)
     for row in rows:
-        if row["core"] == "random":
+        if row["arm"] == "random":
             row["frequency_correlation"] |= {
                 "before": 0.9 + 0.01 * CHAINS.index(row["chain"]),
                 "next_k": -1.0,
@@ -478,7 +478,7 @@ def whole(**chains):
         for i, name in enumerate(CHAINS)
         if i
     }
-    competition = [row for row in competing() if row["core"] != "none"]
+    competition = [row for row in competing() if row["arm"] != "none"]
     return {
         "sizes": {"k": 48, "prefixes": [32], **SETTINGS},
         "inputs": {"seed": 0},

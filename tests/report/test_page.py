@@ -125,7 +125,7 @@ def test_retraining_keeps_kinds_of_core_apart(default, extended):
     mine = [
         row
         for row in extended["retrain"]
-        if (row["core"], row["k"]) == ("distilled", 64) and row["chain"] in CHAINS
+        if (row["arm"], row["k"]) == ("distilled", 64) and row["chain"] in CHAINS
     ]
     cells = found["DMSAE (equal-L0 core)", 64]
     assert (

@@ -50,7 +50,7 @@ def test_saes_that_are_compared_have_the_same_l0(results):
     an SAE lies near the baseline of its own chain, seed and k, to which it is compared by interpolation."""
     rows = results.summary["retrain"]
     baseline = {
-        (row["chain"], row["k"], row["seed"]): row["L0"]["total"] for row in rows if row["core"] == "none"
+        (row["chain"], row["k"], row["seed"]): row["L0"]["total"] for row in rows if row["arm"] == "none"
     }
     ratios = [
         row["L0"]["total"] / baseline[place]
@@ -66,10 +66,10 @@ def test_control_cores_are_as_large_and_of_the_same_norms(results):
         if row["core_rows"] is None:
             continue
         mine = next(
-            r for r in results.summary["retrain"] if r["core"] == "distilled" and r["chain"] == row["chain"]
+            r for r in results.summary["retrain"] if r["arm"] == "distilled" and r["chain"] == row["chain"]
         )
         assert row["core_size"] == mine["core_size"]
-        if row["core"] in ("random_directions", "data_points", "pca", "rotated"):
+        if row["arm"] in ("random_directions", "data_points", "pca", "rotated"):
             assert row["core_rows"]["norm"] == pytest.approx(mine["core_rows"]["norm"], rel=1e-4)
-        if row["core"] == "rotated":
+        if row["arm"] == "rotated":
             assert row["core_rows"]["rank"] == pytest.approx(mine["core_rows"]["rank"], rel=1e-3)

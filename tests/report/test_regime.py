@@ -45,7 +45,7 @@ def test_gates_by_hand():
 
 def test_gates_on_what_is_compared():
     rows = [
-        {"core": arm, "k": k, "rare": rare}
+        {"arm": arm, "k": k, "rare": rare}
         for arm, k, rare in [
             ("none", 8, 0.3),
             ("none", 8, 0.4),

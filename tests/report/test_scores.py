@@ -42,7 +42,7 @@ def test_differences_are_paired_by_training_seed_and_draws_are_told_apart(run):
     assert row["interval"] == pytest.approx([0.21 - half, 0.21 + half], rel=1e-4)
     # 0.2, 0.3, 0.4
     assert row["evaluation"]["n"] == 3 and row["evaluation"]["value"] == pytest.approx(0.3, rel=1e-4)
-    distilled = next(r for r in summary["retrain"] if (r["k"], r["core"], r["seed"]) == (64, "distilled", 0))
+    distilled = next(r for r in summary["retrain"] if (r["k"], r["arm"], r["seed"]) == (64, "distilled", 0))
     assert distilled["saebench"][FULL] == pytest.approx(0.5)  # the first draw's
     (part,) = [p for p in summary["claims"]["C3"]["parts"] if p["part"] == "full absorption"]
     assert part["verdict"] == FAILS and not part["decides"]  # more is absorbed, not less
@@ -54,7 +54,7 @@ def test_differences_are_those_of_the_main_chain(run):
     lower."""
     summary = summarise(run)
     other = [
-        row | {"chain": "b", "loss_increase": row["loss_increase"] + (row["core"] == "distilled")}
+        row | {"chain": "b", "loss_increase": row["loss_increase"] + (row["arm"] == "distilled")}
         for row in summary["retrain"]
     ]
     assert scores.differences(summary["retrain"] + other, {}, 0.0) == scores.differences(

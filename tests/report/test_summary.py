@@ -62,20 +62,20 @@ def test_cycles_and_final_core(summary):
 
 def test_retrain_rows(summary):
     assert len(summary["retrain"]) == 3 * 2 * 3 + sum(factory.CONTROLS.values())
-    row = next(r for r in summary["retrain"] if (r["k"], r["core"], r["seed"]) == (64, "distilled", 2))
+    row = next(r for r in summary["retrain"] if (r["k"], r["arm"], r["seed"]) == (64, "distilled", 2))
     assert row["loss_increase"] == pytest.approx(
         factory.loss_increase("distilled", row["L0"]["total"], 2), rel=1e-5
     )
     assert min(row["frequency_correlation"].values()) > 0.9 and row["core_rows"] == factory.ROWS
     found = {
-        r["core"]: r["frequency_correlation"] for r in summary["retrain"] if r["k"] == 64 and r["seed"] == 0
+        r["arm"]: r["frequency_correlation"] for r in summary["retrain"] if r["k"] == 64 and r["seed"] == 0
     }
     assert found["pca"]["before"] is None and abs(found["random"]["before"]) < 0.9
     assert found["none"] == {"before": None, "next_k": None}
     assert row["saebench"]["probe_top1"] == pytest.approx(
         factory.probe("distilled", 64.32, 1) + 0.004, rel=1e-5
     )
-    assert {(r["k"], r["unbound"]) for r in summary["retrain"] if r["core"] == "distilled"} == {
+    assert {(r["k"], r["unbound"]) for r in summary["retrain"] if r["arm"] == "distilled"} == {
         (48, True),
         (64, False),
         (96, False),
@@ -128,7 +128,7 @@ def test_claims_and_answers_of_the_known_effects(summary):
     assert answers["R4"]["numbers"]["core"]["n"] == 112 and answers["R4"]["numbers"]["core"]["min"] == 0.2
     assert answers["R3"]["numbers"]["longer_fresh"]["tokens"] == 2_400_000
     assert answers["R10"]["numbers"][-1]["aggregators"]["abs_mean"]["size"] == 56
-    row = next(n for n in answers["R1"]["numbers"] if (n["core"], n["k"]) == ("random_directions", 64))
+    row = next(n for n in answers["R1"]["numbers"] if (n["arm"], n["k"]) == ("random_directions", 64))
     assert row["n"] == 1 and row["L0"]["core"] == 52
 
 
@@ -262,8 +262,8 @@ def spoilt(path, value=None):
         (spoilt("cycles.0.L0.noncore", 3), "noncore"),
         (spoilt("cycles.3"), "one row per cycle, 0 to 7"),
         (spoilt("cycles.2.origins.0", 1), "core_out in cycle 2"),
-        (spoilt("retrain.0.core", "destilled"), "destilled"),
-        (spoilt("retrain.0.seed", 1), "same chain, k, core and seed"),
+        (spoilt("retrain.0.arm", "destilled"), "destilled"),
+        (spoilt("retrain.0.seed", 1), "same chain, k, arm and seed"),
         (spoilt("retrain.0.L0.total", 10.0), "not the sum"),
         (spoilt("inputs.threads", "2"), "threads"),
         (spoilt("reviewers.R4"), "R4"),

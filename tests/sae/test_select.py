@@ -11,7 +11,7 @@ from dmsae_lib.sae.select import (
     between_nth,
     keep_largest,
     keep_largest_fixed,
-    non_core_budget,
+    free_budget,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,7 +138,7 @@ def test_nothing_there(last_threshold):
     ],
 )
 def test_budget(batch, k, core, k_min, kept):
-    assert int(non_core_budget(batch, k, torch.tensor(core), k_min)) == kept
+    assert int(free_budget(batch, k, torch.tensor(core), k_min)) == kept
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 37, 500, 4999])

@@ -329,7 +329,7 @@ def test_history_columns():
         "fvu",
         "aux",
         "L0_core",
-        "L0_non_core",
+        "L0_free",
         "L0_total",
         "dead",
         "threshold",
