@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmsae_lib.sae.entries import entries, product, where_active
 from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.sae.select import Kept, keep_largest, keep_largest_fixed, free_budget
+from dmsae_lib.sae.select import Kept, free_budget, keep_largest, keep_largest_fixed
 
 
 @dataclass

@@ -9,9 +9,9 @@ from dmsae_lib.sae.select import (
     Kept,
     batch_topk,
     between_nth,
+    free_budget,
     keep_largest,
     keep_largest_fixed,
-    free_budget,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
