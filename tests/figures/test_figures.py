@@ -428,8 +428,8 @@ def test_quality_shows_means_over_replicates_and_relu_beside(apart):
         for arm in ("none", "distilled", "pca", "warm_start"):
             expected = [
                 (
-                    mean(rows, lambda row: row["L0"]["total"], core=arm, k=k),
-                    mean(rows, lambda row, m=metric: row[m], core=arm, k=k),
+                    mean(rows, lambda row: row["L0"]["total"], arm=arm, k=k),
+                    mean(rows, lambda row, m=metric: row[m], arm=arm, k=k),
                 )
                 for k in (64, 96)
             ]
