@@ -84,7 +84,7 @@ class Stages:
         """The SAEs retrained at ``k`` whose prefix 0 was attributed, with their curves of core size against
         coverage."""
         rows = self.retrain_index().json("index.json")["rows"]
-        return [{"arm": row.get("core")} | row for row in rows if row["k"] == k and "coverage_curve" in row]
+        return [row for row in rows if row["k"] == k and "coverage_curve" in row]
 
     def retrain_index(self, chain: str = "main") -> Artifact:
         """What notebook 05 wrote of the SAEs that it trained with a chain's cores."""
@@ -190,7 +190,7 @@ def retrain_rows(stages: Stages, of_sae: dict[tuple[int, str, int], Row]) -> lis
     ks, rows, frequencies = sorted(stages.run.config.retrain.ks), [], {}
     for chain in stages.run.config.retrained_chains:
         rows_of = stages.retrain_index(chain).json("index.json")["rows"]
-        before = {(row["k"], row.get("arm", row.get("core")), row["seed"]): row["frequency_before"] for row in rows_of}
+        before = {(row["k"], row["arm"], row["seed"]): row["frequency_before"] for row in rows_of}
         for k, arm, seed, sae in stages.retrained(chain):
             metrics = sae.json("metrics.json")
             row = retrain_row(

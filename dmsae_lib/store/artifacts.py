@@ -168,13 +168,11 @@ class Artifact:
         return self.folder / name
 
     def json(self, name: str) -> Any:
-        text = (self.folder / name).read_text(encoding="utf-8").replace('"non_core"', '"free"')
-        return json.loads(text)  # runs of before schema 6 have the older word
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def csv(self, name: str) -> list[dict[str, str]]:
         with open(self.folder / name, newline="", encoding="utf-8") as handle:
-            rows = list(csv.DictReader(handle))
-        return [{key.replace("non_core", "free"): value for key, value in row.items()} for row in rows]
+            return list(csv.DictReader(handle))
 
     def tensors(self, name: str) -> dict[str, Any]:
         """{key: tensor} in memory mapped to the file: what is not looked at is not read."""
