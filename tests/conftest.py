@@ -97,7 +97,11 @@ def random_split():
     The padding of every second padded row is not BOS, so that only ``lengths`` tells it from text.
     """
 
-    def make(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+    import torch
+
+    from dmsae_lib.data.contexts import Contexts
+
+    def make(rows: int, seed: int = 0) -> Contexts:
         random = np.random.default_rng(seed)
         tokens = random.integers(3, 300, (rows, CONTEXT), dtype=np.int32)
         tokens[random.random(tokens.shape) < 0.06] = 0
@@ -106,7 +110,7 @@ def random_split():
         lengths[::5] = random.integers(2, CONTEXT, len(lengths[::5]))
         for row in range(0, rows, 10):
             tokens[row, lengths[row] :] = 0
-        return {"tokens": tokens, "lengths": lengths}
+        return Contexts(torch.from_numpy(tokens), torch.from_numpy(lengths), 0)
 
     return make
 

@@ -6,7 +6,6 @@ import struct
 from types import SimpleNamespace
 
 import factory
-import numpy as np
 import pytest
 import torch
 import toy_sae
@@ -19,8 +18,9 @@ from benchmarks.sizing_stages import BLOCK_COPIES, DOCUMENTS, KINDS, Sizing, Sta
 from dmsae_lib.command.plan import stages as stages_of
 from dmsae_lib.config import load_config
 from dmsae_lib.data import activations
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.corpus import tokenise
-from dmsae_lib.data.language_model import LanguageModel, next_token_loss, usable_positions
+from dmsae_lib.data.language_model import LanguageModel, next_token_loss
 from dmsae_lib.distill.attribution import attribute
 from dmsae_lib.figures.sizing import sizing
 from dmsae_lib.report.results import Results
@@ -55,7 +55,8 @@ def test_the_model_takes_the_flops_that_torch_counts(model):
     resid = model.lower(tokens).requires_grad_(True)
 
     def forward():
-        return next_token_loss(model.upper(tokens, resid), tokens, torch.full((rows,), context), model.bos)[0]
+        contexts = Contexts(tokens, torch.full((rows,), context), model.bos)
+        return next_token_loss(model.upper(tokens, resid), contexts)[0]
 
     whole = shape.forward(positions, layers, context, 4, logits=True).flops
     back = shape.backward(positions, layers - below, context, 4).flops
@@ -144,10 +145,10 @@ def test_attribution_takes_the_flops_of_its_candidates_at_all_positions():
         config=config.model,
         lower=lambda tokens: torch.ones(*tokens.shape, 128),
         upper=lambda tokens, resid: resid * 1,
-        usable=lambda tokens, lengths, resid: usable_positions(tokens, lengths, 0),
+        usable=lambda contexts, resid: contexts.usable(),
     )
-    split = {"tokens": np.full((128, 16), 7), "lengths": np.full(128, 8)}
-    assert activations.usable_count(split, 0).sum() == sized.text.collected(1000)
+    split = Contexts(torch.full((128, 16), 7), torch.full((128,), 8), 0)
+    assert split.usable_count().sum() == sized.text.collected(1000)
     ops = [op for op in sized._attribute(sized.cored) if not op.forward]
     assert flops(lambda: attribute(model, sae, split)) == sum(op.flops for op in ops)
 
@@ -191,9 +192,9 @@ def test_the_token_files_are_those_that_tokenising_leaves(tmp_path):
     )
     made = tokenise(config.data, Words(), 64)
     sized = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(words / 64, words), core=10)
-    assert sized.token_files == sum(split["tokens"].nbytes for split in made.values())
+    assert sized.token_files == sum(split.tokens.nbytes for split in made.values())
     batches = -(-15_000 // (DOCUMENTS * words))
-    found = activations.usable_count(made["train"], 0).sum()
+    found = made["train"].usable_count().sum()
     assert batches > 1 and sized.text.collected(15_000) == batches * DOCUMENTS * words == found
 
 
@@ -309,7 +310,9 @@ def test_three_copies_of_a_streamed_block_live_while_the_next_is_made(monkeypatc
         activations, "usable_residuals", lambda model, split: iter([block.clone() for block in blocks])
     )
     data = load_config("default", ["data.store=stream", "data.buffer_rows=64"]).data
-    source = activations.StreamedActivations(None, {"tokens": np.zeros((200, 1))}, data, Scale())
+    source = activations.StreamedActivations(
+        None, Contexts(torch.zeros(200, 1), torch.ones(200), 0), data, Scale()
+    )
     batches = source.batches(rows, 0, "test")
     for _ in range(3):
         next(batches)

@@ -5,17 +5,16 @@ with the cursor (epoch, block, offset) from which to go on. Every order is a fun
 so any batch can be made again without replaying the ones before.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dmsae_lib.config.sections import DataConfig
-from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss, usable_positions
+from dmsae_lib.data.contexts import Contexts
+from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss
 from dmsae_lib.store.artifacts import Artifact, UserError, Writer
 from dmsae_lib.store.seeds import generator
 
@@ -27,10 +26,10 @@ Cursor = tuple[int, int, int]
 START: Cursor = (0, 0, 0)
 
 
-def usable_residuals(model: LanguageModel, split: dict[str, np.ndarray]) -> Iterator[Tensor]:
-    """Residuals of a split's usable positions, (n, d_in) per batch of contexts, in order, unnormalised."""
-    for tokens, lengths, resid in lowered(model, split):
-        yield resid[model.usable(tokens, lengths, resid)]
+def usable_residuals(model: LanguageModel, contexts: Contexts) -> Iterator[Tensor]:
+    """Residuals of the usable positions, (n, d_in) per batch of contexts, in order, unnormalised."""
+    for batch, resid in lowered(model, contexts):
+        yield resid[model.usable(batch, resid)]
 
 
 def finite(x: Tensor, where: str) -> Tensor:
@@ -46,16 +45,16 @@ def finite(x: Tensor, where: str) -> Tensor:
     return x
 
 
-def median_norm(model: LanguageModel, split: dict[str, np.ndarray]) -> float:
+def median_norm(model: LanguageModel, contexts: Contexts) -> float:
     """Median ||x|| over the usable positions of the first contexts; the yardstick for outliers."""
-    sample = {name: array[:NORM_SAMPLE_ROWS] for name, array in split.items()}
-    return float(torch.cat([x.norm(dim=1) for x in usable_residuals(model, sample)]).median())
+    norms = [x.norm(dim=1) for x in usable_residuals(model, contexts[:NORM_SAMPLE_ROWS])]
+    return float(torch.cat(norms).median())
 
 
 def harvest(
     writer: Writer,
     model: LanguageModel,
-    splits: dict[str, dict[str, np.ndarray]],
+    splits: dict[str, Contexts],
     data: DataConfig,
     report=print,
 ) -> dict[str, Any]:
@@ -66,19 +65,17 @@ def harvest(
     once and stays the same for every cycle and every k. Sets the model's ``outlier_limit``. Returns the
     record for record.json (without model and data entries).
     """
-    for name, arrays in splits.items():
-        writer.tensors(
-            f"{name}.safetensors", {part: torch.from_numpy(array) for part, array in arrays.items()}
-        )
+    for name, contexts in splits.items():
+        contexts.save(writer, name)
     model.outlier_limit = math.inf
     middle = median_norm(model, splits["train"])
     limit = model.outlier_limit = data.outlier_norm * middle
     dtype = getattr(torch, model.config.dtype)
     total, squares, outliers, shard, pending, rows = 0, 0.0, 0, 0, [], 0
     summed = torch.zeros(model.d_model, dtype=torch.float64)
-    for tokens, lengths, resid in lowered(model, splits["train"]):
-        x = resid[model.usable(tokens, lengths, resid)]
-        outliers += int(usable_positions(tokens, lengths, model.bos).sum()) - len(x)
+    for batch, resid in lowered(model, splits["train"]):
+        x = resid[model.usable(batch, resid)]
+        outliers += int(batch.usable().sum()) - len(x)
         finite(x, f"the train split, contexts {rows} to {rows + model.config.batch_rows - 1}")
         rows += model.config.batch_rows
         x = x[: data.train_tokens - total]
@@ -111,7 +108,7 @@ def harvest(
             "to zero: "
             "look at model.dtype and at the model's weights."
         )
-    counts = {name: int(sum(usable_count(arrays, model.bos))) for name, arrays in splits.items()}
+    counts = {name: int(contexts.usable_count().sum()) for name, contexts in splits.items()}
     return {
         "n_tokens": counts,
         "harvested": total,
@@ -124,12 +121,6 @@ def harvest(
     }
 
 
-def usable_count(split: dict[str, np.ndarray], bos: int) -> np.ndarray:
-    """Usable positions of every context, (rows,)."""
-    inside = np.arange(split["tokens"].shape[1]) < split["lengths"][:, None]
-    return (inside & (split["tokens"] != bos)).sum(1)
-
-
 class Losses(NamedTuple):
     """Next-token losses of a model on a split, nats: bare, and with the usable positions' residual set to
     zero or the mean."""
@@ -140,22 +131,17 @@ class Losses(NamedTuple):
 
 
 @torch.no_grad()
-def reference_losses(model: LanguageModel, split: dict[str, np.ndarray], mean: Tensor) -> Losses:
+def reference_losses(model: LanguageModel, contexts: Contexts, mean: Tensor) -> Losses:
     """``mean`` (d_in,) is that of the training activations, unnormalised."""
     sums, count = [0.0, 0.0, 0.0], 0
-    for tokens, lengths, resid in lowered(model, split):
-        usable = model.usable(tokens, lengths, resid)[..., None]
-        loss, n = next_token_loss(model.logits(tokens), tokens, lengths, model.bos)
+    for batch, resid in lowered(model, contexts):
+        usable = model.usable(batch, resid)[..., None]
+        loss, n = next_token_loss(model.logits(batch.tokens), batch)
         sums[0], count = sums[0] + float(loss), count + n
         for place, put in ((1, torch.zeros_like(mean)), (2, mean)):
-            ablated = model.upper(tokens, torch.where(usable, put.to(resid.dtype), resid))
-            sums[place] += float(next_token_loss(ablated, tokens, lengths, model.bos)[0])
+            ablated = model.upper(batch.tokens, torch.where(usable, put.to(resid.dtype), resid))
+            sums[place] += float(next_token_loss(ablated, batch)[0])
     return Losses(*(total / count for total in sums))
-
-
-def load_split(artifact: Artifact, name: str) -> dict[str, np.ndarray]:
-    """Memory maps of one split's tokens and lengths."""
-    return {part: tensor.numpy() for part, tensor in artifact.tensors(f"{name}.safetensors").items()}
 
 
 class StoredActivations:
@@ -210,16 +196,13 @@ class StreamedActivations:
     context_size).
     """
 
-    def __init__(self, model: LanguageModel, split: dict[str, np.ndarray], data: DataConfig, scale: float):
-        self.model, self.split, self.buffer_rows, self.scale = model, split, data.buffer_rows, scale
+    def __init__(self, model: LanguageModel, contexts: Contexts, data: DataConfig, scale: float):
+        self.model, self.contexts, self.buffer_rows, self.scale = model, contexts, data.buffer_rows, scale
 
-    def block(self, rows: np.ndarray) -> Tensor:
-        rows = np.sort(rows)
-        split = {name: np.asarray(array[rows]) for name, array in self.split.items()}
-        x = finite(
-            torch.cat(list(usable_residuals(self.model, split))),
-            f"contexts {rows[0]} to {rows[-1]} of the train split",
-        )
+    def block(self, rows: Tensor) -> Tensor:
+        rows = rows.sort().values
+        x = torch.cat(list(usable_residuals(self.model, self.contexts[rows])))
+        finite(x, f"contexts {rows[0]} to {rows[-1]} of the train split")
         return x / self.scale
 
     def batches(
@@ -228,9 +211,7 @@ class StreamedActivations:
         """As :meth:`StoredActivations.batches`."""
         epoch, block, offset = cursor
         while True:
-            order = torch.randperm(
-                len(self.split["tokens"]), generator=generator(seed, "order", name, epoch)
-            ).numpy()
+            order = torch.randperm(len(self.contexts), generator=generator(seed, "order", name, epoch))
             served = block > 0 or offset > 0
             while block * self.buffer_rows < len(order):
                 x = self.block(order[block * self.buffer_rows : (block + 1) * self.buffer_rows])
@@ -247,17 +228,3 @@ class StreamedActivations:
                     f"of training.batch_size = {batch_size} tokens; raise it."
                 )
             epoch, block = epoch + 1, 0
-
-
-def first_contexts(split: dict[str, np.ndarray], tokens: int, bos: int) -> dict[str, np.ndarray]:
-    """The leading contexts that together hold ``tokens`` usable positions."""
-    rows = int(np.searchsorted(np.cumsum(usable_count(split, bos)), tokens)) + 1
-    return {name: array[:rows] for name, array in split.items()}
-
-
-def tokens_hash(splits: dict[str, dict[str, np.ndarray]]) -> str:
-    """sha256 over the token ids of all splits: what text was used, whatever it was read from."""
-    digest = hashlib.sha256()
-    for name in sorted(splits):
-        digest.update(name.encode() + np.ascontiguousarray(splits[name]["tokens"]).tobytes())
-    return digest.hexdigest()

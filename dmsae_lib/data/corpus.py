@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dmsae_lib.config.sections import DataConfig
+from dmsae_lib.data.contexts import ContextBuilder, Contexts
 from dmsae_lib.data.text_files import clean, file_texts
 from dmsae_lib.store.artifacts import UserError
 
@@ -187,56 +186,8 @@ def _streamed_documents(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield sides.setdefault(beginning(text), split_of(digest)), text
 
 
-class ContextBuilder:
-    """Cuts a stream of documents into rows of ``context_size`` tokens, each starting with BOS.
-
-    ``pack``: documents follow each other with BOS between; what does not fit in a row goes on in the next.
-    ``one_per_row``: each document fills one row at most; the rest of the row is padding and the document's
-    tail is dropped (the recipe of SAEBench's SAEs). Usable positions hold neither BOS nor padding; only those
-    count as tokens.
-    """
-
-    def __init__(self, context_size: int, packing: str, bos: int):
-        self.size, self.packing, self.bos = context_size, packing, bos
-        self.rows: list[np.ndarray] = []  # a Python list would take nine times the memory
-        self.current: list[int] = [bos]
-        self.usable = 0
-
-    def _close(self) -> None:
-        if len(self.current) > 1:
-            self.rows.append(np.array(self.current, dtype=np.int32))
-            self.usable += len(self.current) - self.current.count(self.bos)
-        self.current = [self.bos]
-
-    def add(self, tokens: list[int]) -> None:
-        """One document's token ids, without BOS."""
-        if self.packing == "one_per_row":
-            self.current += tokens[: self.size - 1]
-            self._close()
-            return
-        if len(self.current) > 1:
-            self.current.append(self.bos)  # a boundary inside the row
-        start = 0
-        while start < len(tokens):
-            stop = start + self.size - len(self.current)
-            self.current += tokens[start:stop]
-            start = stop
-            if len(self.current) == self.size:
-                self._close()
-        if len(self.current) == self.size:  # an empty document's boundary filled the row
-            self._close()
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (rows, context_size) int32, padded with BOS, and the lengths (rows,) int32."""
-        lengths = np.array([len(row) for row in self.rows], dtype=np.int32)
-        tokens = np.full((len(self.rows), self.size), self.bos, dtype=np.int32)
-        for i, row in enumerate(self.rows):
-            tokens[i, : len(row)] = row
-        return tokens, lengths
-
-
-def tokenise(data: DataConfig, tokenizer: Any, context_size: int) -> dict[str, dict[str, np.ndarray]]:
-    """Contexts of every split: ``{split: {"tokens": (rows, context_size) int32, "lengths": (rows,) int32}}``.
+def tokenise(data: DataConfig, tokenizer: Any, context_size: int) -> dict[str, Contexts]:
+    """Contexts of every split, by its name.
 
     Stops reading as soon as every split has its tokens (``train_tokens * fresh_factor`` for train). Raises
     UserError when the text is too short, naming how many tokens there are.
@@ -261,7 +212,7 @@ def tokenise(data: DataConfig, tokenizer: Any, context_size: int) -> dict[str, d
             if all(builders[name].usable >= wanted[name] for name in SPLITS):
                 break
     for name, builder in builders.items():
-        builder._close()
+        builder.close_row()
         if builder.usable < wanted[name]:
             raise UserError(
                 f"data.{name}_tokens asks for {wanted[name]} tokens but the {name} split of {data.source} "
@@ -269,7 +220,7 @@ def tokenise(data: DataConfig, tokenizer: Any, context_size: int) -> dict[str, d
                 "hash, those "
                 "that begin alike together)."
             )
-    return {name: dict(zip(("tokens", "lengths"), builders[name].arrays())) for name in SPLITS}
+    return {name: builder.contexts() for name, builder in builders.items()}
 
 
 def _batched(

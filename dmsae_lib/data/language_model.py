@@ -9,15 +9,16 @@ older loader guesses the family from "llama" or "gemma" in the path).
 import hashlib
 import math
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dmsae_lib.config.sections import EMBEDDED, ModelConfig
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.model_checks import REMEDY, architectures, check, computed, no_processes, probe
 from dmsae_lib.store.artifacts import UserError, sha256_file
 
@@ -247,15 +248,14 @@ class LanguageModel:
         with self._one_pass:
             return self.bridge.run_with_hooks(tokens, fwd_hooks=put)
 
-    def usable(self, tokens: Tensor, lengths: Tensor, resid: Tensor) -> Tensor:
-        """(rows, positions) bool: what is trained on, replaced, attributed and scored. Neither BOS, padding
-        nor an outlier.
+    def usable(self, contexts: Contexts, resid: Tensor) -> Tensor:
+        """(rows, positions) bool: what is trained on, replaced, attributed and scored: usable and no outlier.
 
         Real models hold a few positions of enormous norm (attention sinks), which would make up most of the
         variance. NaN and Inf are no outliers: whoever meets them says so.
         """
         norm = resid.norm(dim=-1)
-        return usable_positions(tokens, lengths, self.bos) & ~((norm > self.outlier_limit) & norm.isfinite())
+        return contexts.usable() & ~((norm > self.outlier_limit) & norm.isfinite())
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits (rows, positions, vocabulary) of the unchanged model."""
@@ -263,33 +263,17 @@ class LanguageModel:
             return self.bridge(tokens)
 
 
-def usable_positions(tokens: Tensor, lengths: Tensor, bos: int) -> Tensor:
-    """(rows, positions) bool: neither BOS nor padding. The next-token loss is counted there."""
-    inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    return inside & (tokens != bos)
-
-
-def next_token_loss(logits: Tensor, tokens: Tensor, lengths: Tensor, bos: int) -> tuple[Tensor, int]:
+def next_token_loss(logits: Tensor, contexts: Contexts) -> tuple[Tensor, int]:
     """Cross-entropy in nats, summed over the targets that are neither BOS nor padding, and their number."""
-    target = tokens[:, 1:]
-    counted = usable_positions(tokens, lengths, bos)[:, 1:]
+    target, counted = contexts.tokens[:, 1:], contexts.usable()[:, 1:]
     losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), reduction="none")
     return (losses * counted.flatten()).sum(), int(counted.sum())
 
 
-def batches(split: dict[str, np.ndarray], rows: int, device: str):
-    """Token batches of one split: (tokens (rows, positions) int64, lengths (rows,) int64)."""
-    for start in range(0, len(split["tokens"]), rows):
-        tokens = torch.from_numpy(np.array(split["tokens"][start : start + rows])).long().to(device)
-        lengths = torch.from_numpy(np.array(split["lengths"][start : start + rows])).long().to(device)
-        yield tokens, lengths
-
-
-def lowered(model: LanguageModel, split: dict[str, np.ndarray]):
-    """Each batch of :func:`batches` with the residual at the hook (rows, positions, d_model) as a third
-    entry."""
-    for tokens, lengths in batches(split, model.config.batch_rows, model.device):
-        yield tokens, lengths, model.lower(tokens)
+def lowered(model: LanguageModel, contexts: Contexts) -> Iterator[tuple[Contexts, Tensor]]:
+    """Each batch of ``contexts`` with its residual at the hook, (rows, positions, d_model) float32."""
+    for batch in contexts.batches(model.config.batch_rows, model.device):
+        yield batch, model.lower(batch.tokens)
 
 
 def describe(model: LanguageModel) -> dict[str, Any]:

@@ -8,12 +8,12 @@ times f, from one gradient at xhat_0, so no graph as wide as the SAE is ever bui
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from dmsae_lib.data.language_model import LanguageModel, batches, next_token_loss
+from dmsae_lib.data.contexts import Contexts
+from dmsae_lib.data.language_model import LanguageModel, next_token_loss
 from dmsae_lib.sae.model import MatryoshkaSAE
 
 # By how much of max |A| the closed form and autograd may differ: rounding in the model's own type, through
@@ -25,23 +25,21 @@ BINS, LOW, HIGH = 2000, -14.0, 6.0
 
 
 @torch.enable_grad()
-def gradient_at_prefix0(
-    model: LanguageModel, sae: MatryoshkaSAE, tokens: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
+def gradient_at_prefix0(model: LanguageModel, sae: MatryoshkaSAE, batch: Contexts) -> tuple[Tensor, Tensor]:
     """Activations f (n, candidates) and gradients g (n, d_in) at the usable positions of one batch of
     contexts.
 
     The loss is summed over tokens, so g does not depend on the batch. BOS and padding keep the model's own
     residual.
     """
-    resid = model.lower(tokens)
-    usable = model.usable(tokens, lengths, resid)
+    resid = model.lower(batch.tokens)
+    usable = model.usable(batch, resid)
     candidates = sae.n_core + sae.prefixes[0]
     with torch.no_grad():
         f = sae.encode(resid, first=candidates)
         xhat = sae.decode_prefix(f, 0)
     put = torch.where(usable[..., None], xhat, resid).requires_grad_(True)
-    loss, _ = next_token_loss(model.upper(tokens, put), tokens, lengths, model.bos)
+    loss, _ = next_token_loss(model.upper(batch.tokens, put), batch)
     (g,) = torch.autograd.grad(loss, put)
     return f[usable], g[usable]
 
@@ -83,11 +81,11 @@ class AttributionTable:
 def attribute(
     model: LanguageModel,
     sae: MatryoshkaSAE,
-    split: dict[str, np.ndarray],
+    contexts: Contexts,
     quantile: float = 0.99,
     aggregator: str = "mean_abs",
 ) -> AttributionTable:
-    """Aggregate A over the usable tokens of ``split``; ``sae`` is folded (unnormalised activations), and
+    """Aggregate A over the usable tokens of ``contexts``; ``sae`` is folded (unnormalised activations), and
     moved to the model.
 
     mean_abs is mean_t |A|, abs_mean is |mean_t A|, frequency the share of tokens where the latent is active,
@@ -97,9 +95,8 @@ def attribute(
     sae, n = sae.to(model.device), sae.n_core + sae.prefixes[0]
     sums = [_Sums(n), _Sums(n)]
     for half in (0, 1):
-        contexts = {name: array[half::2] for name, array in split.items()}
-        for tokens, lengths in batches(contexts, model.config.batch_rows, model.device):
-            f, g = gradient_at_prefix0(model, sae, tokens, lengths)
+        for batch in contexts[half::2].batches(model.config.batch_rows, model.device):
+            f, g = gradient_at_prefix0(model, sae, batch)
             sums[half].add(f, contributions(f, g, sae))
     whole = sums[0] + sums[1]
     halves = (sums[0].scores(quantile)[aggregator], sums[1].scores(quantile)[aggregator])

@@ -3,11 +3,11 @@ threshold."""
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dmsae_lib.data.activations import Losses, first_contexts, usable_residuals
+from dmsae_lib.data.activations import Losses, usable_residuals
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss
 from dmsae_lib.sae.model import MatryoshkaSAE
 from dmsae_lib.sae.select import between_nth
@@ -19,36 +19,36 @@ RARE = 1e-3  # a latent that fires on a smaller share of the tokens all but neve
 # method, section 2: total L0 within 1 % of k, else the SAE is left out of equal-L0 comparisons
 UNBOUND = 0.01
 
-Lowered = list[tuple[Tensor, Tensor, Tensor]]
+Lowered = list[tuple[Contexts, Tensor]]
 
 
 @torch.no_grad()
-def lower_all(model: LanguageModel, split: dict[str, np.ndarray]) -> Lowered | None:
-    """(tokens, lengths, residual at the hook) of every batch of ``split``, to share between SAEs; None if
-    that is too large."""
-    if split["tokens"].size * model.d_model * 4 > SHARED_BYTES:
+def lower_all(model: LanguageModel, contexts: Contexts) -> Lowered | None:
+    """Every batch of ``contexts`` with its residual at the hook, to share between SAEs; None if that is too
+    large."""
+    if contexts.tokens.numel() * model.d_model * 4 > SHARED_BYTES:
         return None
-    return list(lowered(model, split))
+    return list(lowered(model, contexts))
 
 
 @torch.no_grad()
 def calibrate_threshold(
     sae: MatryoshkaSAE,
     model: LanguageModel,
-    split: dict[str, np.ndarray],
+    contexts: Contexts,
     k: int,
     k_min: int,
     residuals: list[Tensor] | None = None,
 ) -> bool:
-    """Set ``sae.threshold`` so that total L0 = k on ``split``; True if that cannot be had (``unbound``).
+    """Set ``sae.threshold`` so that total L0 = k on ``contexts``; True if that cannot be had (``unbound``).
 
     The EMA of the training thresholds overshoots or undershoots k (3-9 % in published SAEs), so comparisons
     need this. Where the core alone leaves less than k_min, the free latents get k_min and the SAE is unbound.
-    ``sae`` is folded; ``residuals`` are :func:`calibration_residuals` of the split, if at hand.
+    ``sae`` is folded; ``residuals`` are :func:`calibration_residuals` of them, if at hand.
     """
     free_only = sae.core_sparsity == "relu"
     start = sae.n_core if free_only else 0
-    residuals = residuals or calibration_residuals(model, split)
+    residuals = residuals or calibration_residuals(model, contexts)
     tokens = sum(map(len, residuals))
     cut = float(sae.threshold_ema)
     while True:  # as a rule once: the threshold of the training is near
@@ -68,10 +68,9 @@ def calibrate_threshold(
     return abs(total - k) > UNBOUND * k
 
 
-def calibration_residuals(model: LanguageModel, split: dict[str, np.ndarray]) -> list[Tensor]:
-    """The activations on which thresholds are set: those of the split's first contexts, (n, d_in) per
-    batch."""
-    return list(usable_residuals(model, first_contexts(split, CALIBRATION_TOKENS, model.bos)))
+def calibration_residuals(model: LanguageModel, contexts: Contexts) -> list[Tensor]:
+    """The activations on which thresholds are set: those of the first contexts, (n, d_in) per batch."""
+    return list(usable_residuals(model, contexts.first(CALIBRATION_TOKENS)))
 
 
 class _FVU:
@@ -99,12 +98,12 @@ def loss_recovered(loss: float, clean: float, ablated: float) -> float:
 def evaluate(
     sae: MatryoshkaSAE,
     model: LanguageModel,
-    split: dict[str, np.ndarray],
+    contexts: Contexts,
     losses: Losses,
     with_prefix0: bool = True,
     at_hand: Lowered | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a folded SAE on the usable positions of ``split``, on which the model has ``losses``;
+    """Metrics of a folded SAE on the usable positions of ``contexts``, on which the model has ``losses``;
     ``at_hand``: :func:`lower_all` of it.
 
     Returns L0 {core, free, total} at the calibrated and at the EMA threshold, fvu by prefix size and
@@ -118,8 +117,8 @@ def evaluate(
     ema = torch.zeros(2, dtype=torch.int64)
     summed = {"prefix0": 0.0, "full": 0.0} if with_prefix0 else {"full": 0.0}
     n_tokens = n_targets = 0
-    for tokens, lengths, resid in at_hand or lowered(model, split):
-        usable = model.usable(tokens, lengths, resid)
+    for batch, resid in at_hand or lowered(model, contexts):
+        usable = model.usable(batch, resid)
         x = resid[usable]
         a = sae.pre_activations(x)
         f = sae.select(a)
@@ -135,7 +134,7 @@ def evaluate(
             if wanted:
                 put = resid.clone()
                 put[usable] = xhat
-                loss, count = next_token_loss(model.upper(tokens, put), tokens, lengths, model.bos)
+                loss, count = next_token_loss(model.upper(batch.tokens, put), batch)
                 for name in wanted:
                     summed[name] += float(loss)
         n_targets += count

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +19,9 @@ from dmsae_lib.data.activations import (
     Losses,
     StoredActivations,
     StreamedActivations,
-    first_contexts,
-    load_split,
     reference_losses,
 )
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.corpus import SPLITS
 from dmsae_lib.data.language_model import LanguageModel, choose_device
 from dmsae_lib.data.prefetch import prefetched
@@ -54,7 +52,7 @@ class Harvest:
     artifact: Artifact
     record: dict[str, Any]
     model: LanguageModel
-    splits: dict[str, dict[str, np.ndarray]]
+    splits: dict[str, Contexts]
     run: Run
 
     @cached_property
@@ -94,7 +92,7 @@ class Harvest:
             return StoredActivations(self.artifact, record["scale"], self.model.device)
         split = self.splits["train"]
         if not fresh:
-            split = first_contexts(split, data.train_tokens, self.model.bos)
+            split = split.first(data.train_tokens)
         return StreamedActivations(self.model, split, data, record["scale"])
 
 
@@ -109,7 +107,8 @@ def open_harvest(run: Run) -> Harvest:
             f"{run.config.model.name} at {model.hook_name}: delete it and run make again."
         )
     model.outlier_limit = record["outlier_limit"]
-    return Harvest(artifact, record, model, {name: load_split(artifact, name) for name in SPLITS}, run)
+    splits = {name: Contexts.load(artifact, name, model.bos) for name in SPLITS}
+    return Harvest(artifact, record, model, splits, run)
 
 
 @dataclass(frozen=True)

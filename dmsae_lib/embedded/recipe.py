@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dmsae_lib.data.corpus import ContextBuilder
+from dmsae_lib.data.contexts import ContextBuilder
 
 BOS = "<bos>"
 LETTERS = [f" {chr(code)}" for code in range(ord("A"), ord("Z") + 1)]
@@ -70,7 +70,7 @@ def pack(texts: list[str], tokenizer: Any, context_size: int) -> np.ndarray:
     for start in range(0, len(texts), 1000):
         for ids in tokenizer(texts[start : start + 1000], add_special_tokens=False)["input_ids"]:
             builder.add(ids)
-    return builder.arrays()[0]
+    return builder.contexts().tokens.numpy()
 
 
 def build(settings: BaseModelSettings) -> Any:

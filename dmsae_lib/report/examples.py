@@ -3,10 +3,10 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel, lowered
 from dmsae_lib.sae.model import MatryoshkaSAE
 
@@ -15,13 +15,13 @@ BEFORE, AFTER = 12, 4  # tokens of context shown around the strongest activation
 
 @torch.no_grad()
 def top_contexts(
-    sae: MatryoshkaSAE, model: LanguageModel, split: dict[str, np.ndarray], latents: list[int], n: int = 3
+    sae: MatryoshkaSAE, model: LanguageModel, contexts: Contexts, latents: list[int], n: int = 3
 ) -> list[list[dict[str, Any]]]:
     """For each latent its ``n`` strongest activations, at most one per context: {activation, before, token,
     after}."""
     values, positions = [], []
-    for tokens, lengths, resid in lowered(model, split):
-        f = sae.encode(resid)[..., latents] * model.usable(tokens, lengths, resid)[..., None]
+    for batch, resid in lowered(model, contexts):
+        f = sae.encode(resid)[..., latents] * model.usable(batch, resid)[..., None]
         strongest = f.max(dim=1)  # (rows, latents)
         values.append(strongest.values.cpu())
         positions.append(strongest.indices.cpu())
@@ -34,14 +34,12 @@ def top_contexts(
             for v, r in zip(best.values[:, j], best.indices[:, j])
             if v > 0
         ]
-        found.append([_snippet(model, split, *row) for row in rows])
+        found.append([_snippet(model, contexts, *row) for row in rows])
     return found
 
 
-def _snippet(
-    model: LanguageModel, split: dict[str, np.ndarray], value: float, row: int, at: int
-) -> dict[str, Any]:
-    tokens = split["tokens"][row][: int(split["lengths"][row])]
+def _snippet(model: LanguageModel, contexts: Contexts, value: float, row: int, at: int) -> dict[str, Any]:
+    tokens = contexts.tokens[row, : int(contexts.lengths[row])].tolist()
     # stay inside the document
     boundary = max((i + 1 for i in range(at) if tokens[i] == model.bos), default=0)
     stop = next((i for i in range(at + 1, len(tokens)) if tokens[i] == model.bos), len(tokens))

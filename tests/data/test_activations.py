@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,12 +20,9 @@ from dmsae_lib.data import activations
 from dmsae_lib.data.activations import (
     StoredActivations,
     StreamedActivations,
-    first_contexts,
     harvest,
-    load_split,
-    tokens_hash,
-    usable_count,
 )
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.store.artifacts import UserError, load, write
 
@@ -60,9 +56,10 @@ class MarkingModel:
         return self.upper(tokens, self.lower(tokens))
 
 
-def make_split(rows: int = ROWS) -> dict[str, np.ndarray]:
+def make_split(rows: int = ROWS) -> Contexts:
     """BOS in front and inside, padding by BOS in some rows and by an id of its own in others."""
-    tokens, lengths, new = np.zeros((rows, CONTEXT), np.int32), np.full(rows, CONTEXT, np.int32), 0
+    tokens, lengths = torch.zeros(rows, CONTEXT, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    new = 0
     for row in range(rows):
         lengths[row] = (CONTEXT, 5, CONTEXT, 3)[row % 4]
         for column in range(CONTEXT):
@@ -71,11 +68,11 @@ def make_split(rows: int = ROWS) -> dict[str, np.ndarray]:
             elif column and not (row % 3 == 0 and column == 2):
                 new += 1
                 tokens[row, column] = new
-    return {"tokens": tokens, "lengths": lengths}
+    return Contexts(tokens, lengths, BOS)
 
 
-def usable_ids(split: dict[str, np.ndarray]) -> list[int]:
-    return [int(t) for row, n in zip(split["tokens"], split["lengths"]) for t in row[:n] if t != BOS]
+def usable_ids(contexts: Contexts) -> list[int]:
+    return [int(t) for row, n in zip(contexts.tokens, contexts.lengths) for t in row[:n] if t != BOS]
 
 
 def ids_of(x: torch.Tensor, scale: float) -> list[int]:
@@ -131,11 +128,9 @@ def take(source, batches: int, batch_size: int = 8, seed: int = 0, name: str = "
 
 def test_the_text_has_what_it_is_meant_to_have():
     split = make_split()
-    assert (
-        len(ALL) == len(set(ALL)) == 141 and JUNK in split["tokens"] and (split["tokens"][:, 1:] == BOS).any()
-    )
-    counts = [sum(t != BOS for t in row[:n]) for row, n in zip(split["tokens"], split["lengths"])]
-    assert usable_count(split, BOS).tolist() == counts
+    assert len(ALL) == len(set(ALL)) == 141 and JUNK in split.tokens and (split.tokens[:, 1:] == BOS).any()
+    counts = [sum(t != BOS for t in row[:n]) for row, n in zip(split.tokens, split.lengths)]
+    assert split.usable_count().tolist() == counts
 
 
 def test_the_harvest_holds_the_usable_tokens_in_order(stored):
@@ -201,12 +196,10 @@ def test_bfloat16_shards(small_shards, tmp_path):
 
 def test_tokens_are_read_as_they_were_written(tmp_path):
     artifact, _ = harvested(tmp_path / "harvest", 100)
-    for name, split in (("train", make_split()), ("select", make_split(2))):
-        found = load_split(artifact, name)
-        assert set(found) == {"tokens", "lengths"}
-        assert all(
-            found[part].dtype == np.int32 and np.array_equal(found[part], split[part]) for part in split
-        )
+    for name, contexts in (("train", make_split()), ("select", make_split(2))):
+        found = Contexts.load(artifact, name, BOS)
+        assert found.tokens.dtype == found.lengths.dtype == torch.int32
+        assert torch.equal(found.tokens, contexts.tokens) and torch.equal(found.lengths, contexts.lengths)
     assert {path.suffix for path in artifact.folder.iterdir()} == {".safetensors", ".json"}
 
 
@@ -242,7 +235,7 @@ def test_a_residual_that_is_no_number_is_named_and_nothing_is_written(store, bad
         def lower(self, tokens):
             return super().lower(tokens).masked_fill((tokens == ALL[50])[..., None], bad)
 
-    row = next(i for i, tokens in enumerate(make_split()["tokens"]) if ALL[50] in tokens)
+    row = next(i for i, tokens in enumerate(make_split().tokens) if ALL[50] in tokens)
     first = row // 4 * 4
     with pytest.raises(
         UserError, match=f"of the train split, contexts {first} to {first + 3} hold NaN or Inf at 1 of "
@@ -267,20 +260,6 @@ def test_nothing_is_stored_for_streaming(tmp_path):
     artifact, record = harvested(tmp_path / "harvest", 100, store="stream")
     assert not list(artifact.folder.glob("shard_*")) and record["shards"] == 0 and record["harvested"] == 100
     assert record["scale"] == pytest.approx(harvested(tmp_path / "disk", 100)[1]["scale"])
-
-
-def test_leading_contexts_and_the_hash_of_the_text():
-    split = make_split()
-    for wanted in (1, 50, 99, len(ALL)):
-        rows = len(first_contexts(split, wanted, BOS)["tokens"])
-        assert usable_count(split, BOS)[:rows].sum() >= wanted > usable_count(split, BOS)[: rows - 1].sum()
-    changed = make_split()
-    changed["tokens"][3, 1] += 1
-    assert (
-        tokens_hash({"train": split})
-        == tokens_hash({"train": make_split()})
-        != tokens_hash({"train": changed})
-    )
 
 
 # ---------------------------------------------------------------------------------------- stored: order

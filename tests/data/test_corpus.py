@@ -10,13 +10,14 @@ from collections import Counter, defaultdict
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from dmsae_lib.config.sections import DataConfig
 from dmsae_lib.data import corpus
+from dmsae_lib.data.contexts import ContextBuilder, Contexts
 from dmsae_lib.data.corpus import (
     PROBING_SETS,
     SPLITS,
-    ContextBuilder,
     documents,
     split_documents,
     split_of,
@@ -231,12 +232,15 @@ def random_documents(seed: int, shortest: int = 0) -> list[list[int]]:
     return [source.integers(1, 1000, length).tolist() for length in lengths]
 
 
-def built(found: list[list[int]], size: int, packing: str) -> tuple[ContextBuilder, np.ndarray, np.ndarray]:
+def built(
+    found: list[list[int]], size: int, packing: str
+) -> tuple[ContextBuilder, torch.Tensor, torch.Tensor]:
     builder = ContextBuilder(size, packing, BOS)
     for tokens in found:
         builder.add(tokens)
-    builder._close()
-    return builder, *builder.arrays()
+    builder.close_row()
+    made = builder.contexts()
+    return builder, made.tokens, made.lengths
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -245,7 +249,7 @@ def test_packing_keeps_every_token_once_in_order_with_bos_between_documents(seed
     found = random_documents(seed)
     builder, tokens, lengths = built(found, size, "pack")
     rows = [row[:n].tolist() for row, n in zip(tokens, lengths)]
-    assert tokens.dtype == lengths.dtype == np.int32 and tokens.shape == (len(rows), size)
+    assert tokens.dtype == lengths.dtype == torch.int32 and tokens.shape == (len(rows), size)
     assert [t for row in rows for t in row if t != BOS] == [t for document in found for t in document]
     assert all(row[0] == BOS for row in rows)
     assert (lengths[:-1] == size).all() and (lengths > 1).all()  # only the last row may be short
@@ -339,8 +343,8 @@ def test_a_hub_data_set_without_the_text_field_says_what_it_has(hub):
 # Text to token ids
 
 
-def usable(split: dict[str, np.ndarray]) -> int:
-    return int((split["tokens"] != BOS).sum())
+def usable(contexts: Contexts) -> int:
+    return int((contexts.tokens != BOS).sum())
 
 
 def test_every_split_gets_its_tokens_and_no_text_of_another(tmp_path):
@@ -349,7 +353,7 @@ def test_every_split_gets_its_tokens_and_no_text_of_another(tmp_path):
     found = tokenise(data(tmp_path, fresh_factor=2), WordTokenizer(), 16)
     assert set(found) == set(SPLITS)
     for name, wanted in (("train", 800), ("select", 40), ("test", 40)):
-        tokens, lengths = found[name]["tokens"], found[name]["lengths"]
+        tokens, lengths = found[name].tokens, found[name].lengths
         assert tokens.shape[1] == 16 and len(tokens) == len(lengths) and usable(found[name]) >= wanted
         expected = itertools.chain.from_iterable(map(word_ids, split_documents(texts)[name]))
         here = tokens[tokens != BOS].tolist()

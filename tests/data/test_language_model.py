@@ -5,7 +5,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT
@@ -13,13 +12,13 @@ from tiny_models import BOS, EOS, save_model
 
 from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data import language_model
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import (
     LanguageModel,
     load_tokenizer,
     model_hash,
     next_token_loss,
     resolve,
-    usable_positions,
 )
 
 
@@ -85,23 +84,17 @@ def test_the_upper_part_depends_on_what_is_put_in_at_the_hook_and_before_it_on_n
 
 
 def test_the_gradient_at_the_hook_equals_finite_differences(model, tokens):
-    lengths = torch.full((len(tokens),), CONTEXT)
+    contexts = Contexts(tokens, torch.full((len(tokens),), CONTEXT), model.bos)
     resid = model.lower(tokens).requires_grad_(True)
-    loss, _ = next_token_loss(model.upper(tokens, resid), tokens, lengths, model.bos)
+    loss, _ = next_token_loss(model.upper(tokens, resid), contexts)
     (gradient,) = torch.autograd.grad(loss, resid)
     with torch.no_grad():
         for seed in range(5):
             direction = torch.randn(resid.shape, generator=torch.Generator().manual_seed(seed))
             direction /= direction.norm()
             h = 0.05  # float32: the loss, of a few hundred nats, is known to about 1e-5
-            ends = [
-                float(
-                    next_token_loss(
-                        model.upper(tokens, resid + sign * h * direction), tokens, lengths, model.bos
-                    )[0]
-                )
-                for sign in (1, -1)
-            ]
+            moved = [model.upper(tokens, resid + sign * h * direction) for sign in (1, -1)]
+            ends = [float(next_token_loss(logits, contexts)[0]) for logits in moved]
             expected = float((gradient * direction).sum())
             assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(expected, abs=0.01 * float(gradient.norm()))
 
@@ -188,25 +181,17 @@ def test_a_tokenizer_without_bos_starts_contexts_with_eos(tmp_path):
     assert load_tokenizer(folder).bos_token_id == EOS
 
 
-def random_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(seed: int) -> Contexts:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 6, (7, 12), generator=generator)
     tokens[:, 0] = BOS
-    return tokens, torch.randint(1, 13, (7,), generator=generator)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_usable_positions_are_neither_bos_nor_padding(seed):
-    tokens, lengths = random_batch(seed)
-    usable = usable_positions(tokens, lengths, BOS)
-    for row in range(len(tokens)):
-        for at in range(tokens.shape[1]):
-            assert bool(usable[row, at]) == (at < int(lengths[row]) and int(tokens[row, at]) != BOS)
+    return Contexts(tokens, torch.randint(1, 13, (7,), generator=generator), BOS)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_next_token_loss_against_a_loop(seed):
-    tokens, lengths = random_batch(seed)
+    contexts = random_batch(seed)
+    tokens, lengths = contexts.tokens, contexts.lengths
     logits = torch.randn(*tokens.shape, 6, generator=torch.Generator().manual_seed(seed + 10))
     total, count = 0.0, 0
     for row in range(len(tokens)):
@@ -215,18 +200,8 @@ def test_next_token_loss_against_a_loop(seed):
             if target != BOS:
                 total -= float(torch.log_softmax(logits[row, at - 1].double(), 0)[target])
                 count += 1
-    loss, n = next_token_loss(logits, tokens, lengths, BOS)
+    loss, n = next_token_loss(logits, contexts)
     assert (float(loss), n) == (pytest.approx(total, rel=1e-5), count)
     beyond = tokens.clone()
     beyond[torch.arange(12)[None, :] >= lengths[:, None]] = 5  # what stands in the padding is of no account
-    assert float(next_token_loss(logits, beyond, lengths, BOS)[0]) == float(loss)
-
-
-def test_batches_cover_a_split_in_order():
-    split = {"tokens": np.arange(21, dtype=np.int32).reshape(7, 3), "lengths": np.arange(7, dtype=np.int32)}
-    found = list(language_model.batches(split, 3, "cpu"))
-    assert [len(tokens) for tokens, _ in found] == [3, 3, 1] and found[0][0].dtype == found[0][
-        1
-    ].dtype == torch.int64
-    assert torch.cat([tokens for tokens, _ in found]).tolist() == split["tokens"].tolist()
-    assert torch.cat([lengths for _, lengths in found]).tolist() == split["lengths"].tolist()
+    assert float(next_token_loss(logits, Contexts(beyond, lengths, BOS))[0]) == float(loss)

@@ -7,7 +7,6 @@ something enormous, changes nothing that is measured.
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from tiny_run import execute, open_tiny, stage_of, write_settings
 from transformers import AutoTokenizer
 
 from dmsae_lib.config.sections import ModelConfig
-from dmsae_lib.data.activations import Losses, median_norm, reference_losses, usable_count, usable_residuals
+from dmsae_lib.data.activations import Losses, median_norm, reference_losses, usable_residuals
 from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss
 from dmsae_lib.distill.attribution import attribute
 from dmsae_lib.distill.evaluation import calibrate_threshold, evaluate
@@ -60,8 +59,8 @@ def model(tmp_path_factory, split):
 
 def loud(split) -> int:
     """How many outliers there are in a text."""
-    inside = np.arange(split["tokens"].shape[1]) < split["lengths"][:, None]
-    return int((np.isin(split["tokens"], LOUD) & inside).sum())
+    inside = torch.arange(split.tokens.shape[1]) < split.lengths[:, None]
+    return int((torch.isin(split.tokens, torch.tensor(LOUD)) & inside).sum())
 
 
 def make_sae(echo: bool, core_sparsity: str = "relu") -> MatryoshkaSAE:
@@ -80,10 +79,10 @@ def make_sae(echo: bool, core_sparsity: str = "relu") -> MatryoshkaSAE:
 
 
 def test_the_planted_positions_are_outliers_and_nothing_else_is(model, split):
-    for tokens, lengths, resid in lowered(model, split):
-        inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+    for batch, resid in lowered(model, split):
+        tokens, inside = batch.tokens, torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
         expected = inside & (tokens != 0) & ~torch.isin(tokens, torch.tensor(LOUD))
-        assert torch.equal(model.usable(tokens, lengths, resid), expected)
+        assert torch.equal(model.usable(batch, resid), expected)
         assert bool(
             (make_sae(True).encode(resid)[..., LATENT] > 1000)
             .eq(torch.isin(tokens, torch.tensor(LOUD)))
@@ -94,11 +93,11 @@ def test_the_planted_positions_are_outliers_and_nothing_else_is(model, split):
 
 def test_residuals_that_are_not_finite_are_no_outliers(model, split):
     """They have to reach the check that names them."""
-    tokens, lengths, resid = next(lowered(model, split))
+    batch, resid = next(lowered(model, split))
     for bad in (math.nan, math.inf):
         broken = resid.clone()
         broken[0, 1] = bad
-        assert bool(model.usable(tokens, lengths, broken)[0, 1])
+        assert bool(model.usable(batch, broken)[0, 1])
 
 
 @pytest.mark.parametrize("core_sparsity", ["relu", "batchtopk"])
@@ -109,7 +108,7 @@ def test_evaluation_and_calibration(model, split, core_sparsity):
         calibrate_threshold(sae, model, split, k=8, k_min=1)
         found.append(evaluate(sae, model, split, Losses(5.0, 9.0, 8.0)) | {"threshold": float(sae.threshold)})
     assert found[0] == found[1] and found[0]["fvu"]["full"] < 50
-    assert found[0]["tokens_tested"] == int(usable_count(split, 0).sum()) - loud(split)
+    assert found[0]["tokens_tested"] == int(split.usable_count().sum()) - loud(split)
 
 
 def test_attribution(model, split):
@@ -173,12 +172,12 @@ def test_ablations_leave_outliers_where_they_are(model, split):
     """The loss is counted at the same positions for the clean model, for both ablations and for the SAE."""
     mean = torch.ones(32)
     sums, count = [0.0, 0.0, 0.0], 0
-    for tokens, lengths, resid in lowered(model, split):
-        inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+    for batch, resid in lowered(model, split):
+        tokens, inside = batch.tokens, torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
         replaced = (inside & (tokens != 0) & ~torch.isin(tokens, torch.tensor(LOUD)))[..., None]
         count += int((inside & (tokens != 0))[:, 1:].sum())
         for i, put in enumerate((resid, resid * ~replaced, torch.where(replaced, mean, resid))):
-            sums[i] += float(next_token_loss(model.upper(tokens, put), tokens, lengths, 0)[0])
+            sums[i] += float(next_token_loss(model.upper(tokens, put), batch)[0])
     assert list(reference_losses(model, split, mean)) == pytest.approx(
         [total / count for total in sums], rel=1e-5
     )

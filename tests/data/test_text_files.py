@@ -107,7 +107,7 @@ def test_real_tokenizers_take_whatever_was_read(tiny_llama, tmp_path):
     bad, good = (
         tokenise(data(tmp_path / name), tiny_llama.tokenizer, 16) for name in ("bad.jsonl", "good.jsonl")
     )
-    assert all((bad[split]["tokens"] == good[split]["tokens"]).all() for split in corpus.SPLITS)
+    assert all((bad[split].tokens == good[split].tokens).all() for split in corpus.SPLITS)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])

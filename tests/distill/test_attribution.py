@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
-from dmsae_lib.data.language_model import batches, usable_positions
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.distill.attribution import (
     BINS,
     COVERAGES,
@@ -54,13 +54,13 @@ def with_rows(model, rows: int):
     return other
 
 
-def by_autograd(model, sae: MatryoshkaSAE, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def by_autograd(model, sae: MatryoshkaSAE, batch: Contexts) -> torch.Tensor:
     """f_i df_i for every candidate and usable position, the graph going through f, on the Transformers model
     itself."""
     import transformers
 
     llama = transformers.AutoModelForCausalLM.from_pretrained(model.config.name, dtype=torch.float32).eval()
-    kept = {}
+    kept, tokens, lengths = {}, batch.tokens, batch.lengths
     layer = llama.model.layers[0]
     handle = layer.register_forward_hook(lambda _, __, out: kept.update(resid=out))
     with torch.no_grad():
@@ -86,31 +86,32 @@ def by_autograd(model, sae: MatryoshkaSAE, tokens: torch.Tensor, lengths: torch.
 
 
 def test_contributions_equal_autograd_through_the_latents(tiny_llama, sae, random_split):
-    tokens, lengths = next(batches(random_split(12, seed=1), 12, "cpu"))
-    f, g = gradient_at_prefix0(tiny_llama, sae, tokens, lengths)
+    batch = next(random_split(12, seed=1).batches(12, "cpu"))
+    f, g = gradient_at_prefix0(tiny_llama, sae, batch)
     A = contributions(f, g, sae)
-    expected = by_autograd(tiny_llama, sae, tokens, lengths)
-    assert A.shape == expected.shape == (int(usable_positions(tokens, lengths, 0).sum()), CORE + PREFIX0)
+    expected = by_autograd(tiny_llama, sae, batch)
+    assert A.shape == expected.shape == (int(batch.usable().sum()), CORE + PREFIX0)
     assert float((A - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     assert 0.1 < float((f > 0).float().mean()) < 0.9
 
 
 def test_deeper_latents_play_no_part(tiny_llama, sae, random_split):
-    tokens, lengths = next(batches(random_split(4, seed=2), 4, "cpu"))
+    batch = next(random_split(4, seed=2).batches(4, "cpu"))
     changed = sae.folded(1.0)
     changed.W_dec[CORE + PREFIX0 :] *= 7.0
-    whole, without = (gradient_at_prefix0(tiny_llama, one, tokens, lengths) for one in (sae, changed))
+    whole, without = (gradient_at_prefix0(tiny_llama, one, batch) for one in (sae, changed))
     assert torch.equal(whole[0], without[0]) and torch.equal(whole[1], without[1])
 
 
 def test_bos_and_padding_keep_the_models_own_residual(tiny_llama, sae, random_split, monkeypatch):
-    tokens, lengths = next(batches(random_split(10, seed=3), 10, "cpu"))
+    batch = next(random_split(10, seed=3).batches(10, "cpu"))
+    tokens, lengths = batch.tokens, batch.lengths
     seen = []
     upper = type(tiny_llama).upper
     monkeypatch.setattr(
         type(tiny_llama), "upper", lambda self, t, resid: seen.append(resid.detach()) or upper(self, t, resid)
     )
-    gradient_at_prefix0(tiny_llama, sae, tokens, lengths)
+    gradient_at_prefix0(tiny_llama, sae, batch)
     resid = tiny_llama.lower(tokens)
     unchanged = (seen[0] == resid).all(-1)
     for row in range(len(tokens)):
@@ -121,11 +122,8 @@ def test_bos_and_padding_keep_the_models_own_residual(tiny_llama, sae, random_sp
 def materialised(model, sae, split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """f and A (tokens, candidates) in float64, and each token's context."""
     fs, As, rows = [], [], []
-    for row in range(len(split["tokens"])):
-        tokens, lengths = next(
-            batches({name: array[row : row + 1] for name, array in split.items()}, 1, "cpu")
-        )
-        f, g = gradient_at_prefix0(model, sae, tokens, lengths)
+    for row, batch in enumerate(split.batches(1, "cpu")):
+        f, g = gradient_at_prefix0(model, sae, batch)
         fs.append(f.double().numpy())
         As.append(contributions(f, g, sae).double().numpy())
         rows += [row] * len(f)

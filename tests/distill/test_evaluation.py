@@ -130,7 +130,7 @@ def test_loss_recovered_by_hand():
 def test_reference_losses_token_by_token(tiny_llama, split):
     """Targets that are BOS or padding do not count; BOS and padding positions keep their residual."""
     mean, sums, count = torch.linspace(-1, 2, tiny_llama.d_model), [0.0, 0.0, 0.0], 0
-    for row, length in zip(split["tokens"].tolist(), split["lengths"].tolist()):
+    for row, length in zip(split.tokens.tolist(), split.lengths.tolist()):
         tokens = torch.tensor([row[:length]])  # what follows cannot matter to a causal model
         resid = tiny_llama.lower(tokens)
         ablated = [torch.where((tokens == 0)[..., None], resid, put) for put in (torch.zeros(()), mean)]
@@ -238,7 +238,7 @@ def test_loss_with_the_reconstruction_in_place(tiny_llama, split, losses, sae, f
     """Context by context; the full one for ce_loss, core + first prefix for prefix0."""
     for j, key in ((0, "prefix0"), (2, "full")):
         total, count = 0.0, 0
-        for row, length in zip(split["tokens"].tolist(), split["lengths"].tolist()):
+        for row, length in zip(split.tokens.tolist(), split.lengths.tolist()):
             tokens = torch.tensor([row[:length]])
             resid = tiny_llama.lower(tokens)
             put = torch.where((tokens == 0)[..., None], resid, sae.decode_prefix(sae.encode(resid), j))
@@ -348,7 +348,7 @@ def test_what_sae_share_changes_nothing(tiny_llama, split, monkeypatch):
     assert float(sae.threshold) == float(other.threshold)
     lowered, losses = lower_all(tiny_llama, split), Losses(4.0, 8.0, 7.0)
     assert evaluate(sae, tiny_llama, split, losses, True, lowered) == evaluate(sae, tiny_llama, split, losses)
-    monkeypatch.setattr(evaluation, "SHARED_BYTES", split["tokens"].size * tiny_llama.d_model * 4 - 1)
+    monkeypatch.setattr(evaluation, "SHARED_BYTES", split.tokens.numel() * tiny_llama.d_model * 4 - 1)
     assert lower_all(tiny_llama, split) is None
 
 

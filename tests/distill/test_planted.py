@@ -13,6 +13,7 @@ import torch
 
 from dmsae_lib.config.sections import DataConfig, TrainingConfig
 from dmsae_lib.data.activations import StreamedActivations, usable_residuals
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.distill.attribution import attribute
 from dmsae_lib.distill.core import Core, candidate_pool, control_core, distil, reading_members
@@ -60,7 +61,7 @@ class PlantedModel:
         logits = resid @ self.directions[CAUSAL].T @ self.effects
         return logits.index_fill(-1, torch.tensor([self.bos]), -30.0)  # BOS is never predicted
 
-    def text(self, rows: int, seed: int) -> dict[str, np.ndarray]:
+    def text(self, rows: int, seed: int) -> Contexts:
         """Contexts drawn from the model itself, so that the causal features predict what comes."""
         random = torch.Generator().manual_seed(seed)
         tokens = torch.zeros(rows, CONTEXT, dtype=torch.int64)
@@ -68,7 +69,7 @@ class PlantedModel:
         for t in range(2, CONTEXT):
             logits = self.upper(tokens, self.lower(tokens))[:, t - 1]
             tokens[:, t] = torch.multinomial(logits.softmax(-1), 1, generator=random).squeeze(1)
-        return {"tokens": tokens.numpy(), "lengths": np.full(rows, CONTEXT)}
+        return Contexts(tokens, torch.full((rows,), CONTEXT), self.bos)
 
 
 def best_cosines(rows: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:

@@ -308,9 +308,8 @@ def test_other_architectures_can_be_compared_with(tiny_llama, tmp_path, random_s
     foreign, theirs = load_foreign(tmp_path, tiny_llama), theirs_from(tmp_path)
     split = random_split(24)
     found = evaluate(foreign, tiny_llama, split, Losses(3.0, 6.0, 5.0))
-    tokens, lengths = torch.from_numpy(split["tokens"]).long(), torch.from_numpy(split["lengths"])
-    usable = (torch.arange(16) < lengths[:, None]) & (tokens != 0)
-    x = tiny_llama.lower(tokens)[usable]
+    usable = (torch.arange(16) < split.lengths[:, None]) & (split.tokens != 0)
+    x = tiny_llama.lower(split.tokens.long())[usable]
     f = theirs.encode(x)
     assert found["L0"]["total"] == pytest.approx(float((f > 0).sum(1).float().mean()), rel=1e-5)
     fvu = float((x - theirs.decode(f)).square().sum() / (x - x.mean(0)).square().sum())
@@ -322,7 +321,7 @@ def test_other_architectures_can_be_compared_with(tiny_llama, tmp_path, random_s
     else:
         with pytest.raises(UserError, match=f"architecture {architecture}: it can be compared with"):
             foreign.source(1.0, [8])
-    assert run_core(foreign, tiny_llama, split["tokens"][:4])["l0"] > 1
+    assert run_core(foreign, tiny_llama, split.tokens[:4].numpy())["l0"] > 1
 
 
 def test_an_imported_sae_is_kept_in_an_artefact(trained_there, tiny_llama, tmp_path):

@@ -2,10 +2,10 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
 
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.report.examples import as_cell, logit_effects, marked, top_contexts
 from dmsae_lib.sae.model import MatryoshkaSAE
 
@@ -14,7 +14,7 @@ def test_the_strongest_context_is_where_the_planted_latent_fires(tiny_llama):
     model = tiny_llama
     tokens = torch.randint(3, len(model.tokenizer), (5, 16), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = model.bos
-    split = {"tokens": tokens.numpy().astype(np.int32), "lengths": np.full(5, 16, dtype=np.int32)}
+    split = Contexts(tokens, torch.full((5,), 16), model.bos)
     resid = model.lower(tokens)
     sae = MatryoshkaSAE(model.d_model, 8, [2, 4])
     with torch.no_grad():

@@ -10,7 +10,8 @@ from torch import Tensor
 from toy_sae import CORE, D_SAE, batch, config, gradients, make_sae
 
 from dmsae_lib.config import load_config
-from dmsae_lib.data.language_model import LanguageModel, next_token_loss, usable_positions
+from dmsae_lib.data.contexts import Contexts
+from dmsae_lib.data.language_model import LanguageModel, next_token_loss
 from dmsae_lib.distill import attribution
 from dmsae_lib.distill.attribution import TOLERANCE, contributions, gradient_at_prefix0
 from dmsae_lib.sae import step as step_module
@@ -106,16 +107,15 @@ def test_attribution_takes_the_sae_to_the_model(monkeypatch):
     """Notebook 05 loads SAEs to the CPU, wherever the model lies."""
     seen = []
 
-    def recorded(model, sae, tokens, lengths):
+    def recorded(model, sae, batch):
         seen.append(sae.W_dec.device.type)
         n = sae.n_core + sae.prefixes[0]
         return torch.rand(5, n), torch.rand(5, sae.d_in)
 
     monkeypatch.setattr(attribution, "gradient_at_prefix0", recorded)
-    monkeypatch.setattr(attribution, "batches", lambda *_: iter([(None, None)]))
     monkeypatch.setattr(attribution, "contributions", lambda f, g, sae: f)
     model = SimpleNamespace(device="meta", config=SimpleNamespace(batch_rows=1))
-    attribution.attribute(model, make_sae(), {"tokens": torch.zeros(2, 4)})
+    attribution.attribute(model, make_sae(), Contexts(torch.zeros(2, 4), torch.zeros(2), 0))
     assert seen == ["meta", "meta"]
 
 
@@ -126,11 +126,11 @@ def test_attribution_encodes_candidates_alone(tiny_llama, random_split, monkeypa
         MatryoshkaSAE, "select", lambda sae, a, *more: widths.append(a.shape[-1]) or select(sae, a, *more)
     )
     sae, split = _sae(tiny_llama.d_model), random_split(6)
-    tokens, lengths = torch.from_numpy(split["tokens"]).long(), torch.from_numpy(split["lengths"])
-    f, g = gradient_at_prefix0(tiny_llama, sae, tokens, lengths)
+    batch = next(split.batches(6, "cpu"))
+    f, g = gradient_at_prefix0(tiny_llama, sae, batch)
     with torch.no_grad():
         sae.free_rows[8:], sae.b_enc[12:] = float("nan"), float("nan")
-    again = gradient_at_prefix0(tiny_llama, sae, tokens, lengths)
+    again = gradient_at_prefix0(tiny_llama, sae, batch)
     assert widths == [12, 12] and f.shape[1] == 12
     assert torch.equal(again[0], f) and torch.equal(again[1], g) and bool(torch.isfinite(f).all())
 
@@ -149,16 +149,16 @@ def test_the_closed_form_equals_autograd_as_far_as_the_models_type_goes(dtype):
     is too tight for bfloat16, whose own one holds."""
     model = LanguageModel(load_config("smoke").model.model_copy(update={"dtype": dtype}), "cpu")
     tokens = torch.randint(3, 4000, (16, 128), generator=torch.Generator().manual_seed(0))
-    sae, lengths = _sae(model.d_model), torch.full((16,), 128)
-    f, g = gradient_at_prefix0(model, sae, tokens, lengths)
+    sae, batch = _sae(model.d_model), Contexts(tokens, torch.full((16,), 128), model.bos)
+    f, g = gradient_at_prefix0(model, sae, batch)
     A = contributions(f, g, sae)
     with torch.enable_grad():
-        resid, usable = model.lower(tokens), usable_positions(tokens, lengths, model.bos)
+        resid, usable = model.lower(tokens), batch.usable()
         leaf = f.clone().requires_grad_(True)
         put = resid.clone()
         order = torch.randperm(leaf.shape[1], generator=torch.Generator().manual_seed(0))
         put[usable] = leaf[:, order] @ sae.W_dec[: leaf.shape[1]][order] + sae.b_dec
-        loss, _ = next_token_loss(model.upper(tokens, put), tokens, lengths, model.bos)
+        loss, _ = next_token_loss(model.upper(tokens, put), batch)
         (gradient,) = torch.autograd.grad(loss, leaf)
     difference = float((A - f * gradient).abs().max() / A.abs().max())
     assert 0 < difference < TOLERANCE[dtype]

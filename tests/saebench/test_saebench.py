@@ -13,8 +13,9 @@ from tiny_models import BOS, save_model
 
 from dmsae_lib import saebench
 from dmsae_lib.config.sections import ModelConfig, RetrainConfig, SaebenchConfig, SuiteConfig
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.corpus import PROBING_SETS, wheel_sets
-from dmsae_lib.data.language_model import LanguageModel, usable_positions
+from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.data.workers import Workers
 from dmsae_lib.sae.model import MatryoshkaSAE, save_sae
 from dmsae_lib.saebench import Task
@@ -114,7 +115,7 @@ def test_core_agrees_with_a_plain_recomputation(llama):
     tokens, sae = greedy_rows(llama), core_sae(llama)
     found = saebench_core.run_core(sae, llama, tokens)
     ids = torch.from_numpy(tokens)
-    usable = usable_positions(ids, torch.full((len(ids),), CONTEXT), llama.bos)
+    usable = Contexts(ids, torch.full((len(ids),), CONTEXT), llama.bos).usable()
     active = sae.encode(llama.lower(ids)[usable]) > 0
     assert found["l0"] == pytest.approx(float(active.sum(1).float().mean()), rel=1e-6)
     assert 4 < found["l0"] < 32 and active[:, :4].any() and active[:, 4:].any()
