@@ -57,7 +57,7 @@ def write_settings(root: Path) -> None:
 def _inside(root: Path) -> Iterator[None]:
     """``root`` stands in for the repository."""
     before, real = Path.cwd(), artifacts.repository_root
-    artifacts.repository_root = lambda: root
+    artifacts.repository_root = lambda *_: root
     os.chdir(root)
     try:
         yield
