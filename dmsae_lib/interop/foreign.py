@@ -15,22 +15,15 @@ from torch import Tensor, nn
 
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.store import artifacts
-from dmsae_lib.store.artifacts import UserError
+from dmsae_lib.store.artifacts import UserError, hash_json
 
-EVALUATED = (
-    "standard",
-    "jumprelu",
-    "topk",
-    "gated",
-)  # SAELens's architectures that encode one token at a time
-WITH_THRESHOLDS = ("standard", "jumprelu")  # those that are ReLU with thresholds, as ours
+WITH_THRESHOLDS = ("standard", "jumprelu")  # SAELens's architectures that are ReLU with thresholds, as ours
+EVALUATED = (*WITH_THRESHOLDS, "topk", "gated")  # those that encode one token at a time
 UNIT = 1e-3  # decoder norms this near to 1 are left alone: storage in bfloat16 rounds as much
 
 
 class Foreign(nn.Module):
-    """A sae_lens SAE in the place of a folded MatryoshkaSAE: it can be evaluated, scored, and made the source
-    of a core.
+    """A sae_lens SAE that can stand where a folded MatryoshkaSAE stands.
 
     Its features are selected already, so ``select`` changes nothing, whatever threshold it is given; it has
     no frozen core.
@@ -51,12 +44,12 @@ class Foreign(nn.Module):
     def __init__(self, sae: Any, where: str):
         """Raises UserError, which names ``where``, for an SAE that cannot be evaluated token by token."""
         super().__init__()
-        cfg, metadata = sae.cfg, sae.cfg.metadata
-        self.where, self.architecture = where, cfg.architecture()
+        cfg = sae.cfg
+        self.where, self.architecture, self.metadata = where, cfg.architecture(), cfg.metadata
         if self.architecture not in EVALUATED:
+            usable = ", ".join(EVALUATED)
             raise UserError(
-                f"{where} is of architecture {self.architecture}, which is not evaluated here: "
-                f"use one of {', '.join(EVALUATED)}."
+                f"{where} is of architecture {self.architecture}: only {usable} are evaluated here."
             )
         if cfg.normalize_activations != "none":
             raise UserError(
@@ -69,30 +62,24 @@ class Foreign(nn.Module):
             )
         self.sae, self.d_in, self.d_sae = sae.requires_grad_(False), cfg.d_in, cfg.d_sae
         if (sae.W_dec.norm(dim=1) - 1).abs().max() > UNIT:
-            # top-k by unscaled activations: sae_bench leaves it, too
+            # top-k by unscaled activations is left as it is, as sae_bench leaves it
             with contextlib.suppress(NotImplementedError):
                 sae.fold_W_dec_norm()
-        details = metadata.training_architecture_details or {}
-        self.widths = list(details["matryoshka_widths"]) if details.get("matryoshka_widths") else None
+        widths = (self.metadata.training_architecture_details or {}).get("matryoshka_widths")
+        self.widths = list(widths) if widths else None
         self.prefixes = tuple(self.widths or [self.d_sae])
         self.hash = _content_hash(self.architecture, cfg.to_dict(), sae.state_dict())
 
     @property
     def record(self) -> dict[str, Any]:
         """Where it comes from, as JSON."""
-        metadata = self.sae.cfg.metadata
-        # a path means nothing elsewhere
-        name = Path(self.where).name if Path(self.where).expanduser().is_dir() else self.where
+        local = Path(self.where).expanduser()
         return {
-            "where": name,
-            "hash": self.hash,
-            "architecture": self.architecture,
-            "d_sae": self.d_sae,
-            "widths": self.widths,
-            "model_name": metadata.model_name,
-            "hook_name": metadata.hook_name,
-            "trained_as": metadata.training_architecture,
-            "dmsae": metadata.dmsae,
+            "where": local.name if local.is_dir() else self.where,  # a path means nothing elsewhere
+            **{name: getattr(self, name) for name in ("hash", "architecture", "d_sae", "widths")},
+            **{name: self.metadata[name] for name in ("model_name", "hook_name")},
+            "trained_as": self.metadata.training_architecture,
+            "dmsae": self.metadata.dmsae,
         }
 
     def encode(self, x: Tensor) -> Tensor:
@@ -119,42 +106,30 @@ class Foreign(nn.Module):
 
     def check(self, model: LanguageModel) -> None:
         """Raises UserError unless it was trained on this model, at this hook."""
-        metadata = self.sae.cfg.metadata
-        lineage = metadata.dmsae or {}
-        if not metadata.model_name or not metadata.hook_name:
-            raise UserError(
-                f"{self.where} does not say which model and hook it belongs to: add model_name and hook_name "
-                "to "
-                "the metadata in its cfg.json."
+        name, hook_name, ours = self.metadata.model_name, self.metadata.hook_name, model.config.name
+        if not name or not hook_name:
+            wrong = (
+                "does not say its model and hook: add model_name and hook_name to metadata in its cfg.json"
             )
-        if _plain_name(metadata.model_name) != _plain_name(model.config.name):
-            raise UserError(
-                f"{self.where} was trained on {metadata.model_name} and the run's model is "
-                f"{model.config.name}: "
-                "use an SAE of that model."
+        elif _plain_name(name) != _plain_name(ours):
+            wrong = f"was trained on {name} and the run's model is {ours}: use an SAE of that model"
+        elif (self.metadata.dmsae or {}).get("model_hash", model.hash) != model.hash:
+            wrong = (
+                f"was trained on a {name} with other weights than the run's: use an SAE of this very model"
             )
-        if lineage.get("model_hash", model.hash) != model.hash:
-            raise UserError(
-                f"{self.where} was trained on a model named {metadata.model_name} with other weights than "
-                "those of "
-                "the run: use an SAE of this very model."
+        elif _hook(hook_name) != model.hook_name:
+            wrong = (
+                f"reads {hook_name} and the run {model.hook_name}: use an SAE of that or set model.hook_name"
             )
-        if _hook(metadata.hook_name) != model.hook_name:
-            raise UserError(
-                f"{self.where} reads {metadata.hook_name} and the run {model.hook_name}: use an SAE of that "
-                "hook, or "
-                "set model.hook_name."
-            )
-        if self.d_in != model.d_model:
-            raise UserError(
-                f"{self.where} reads {self.d_in} channels but {model.config.name} has {model.d_model} at "
-                f"{model.hook_name}: use an SAE of that model."
-            )
+        elif self.d_in != model.d_model:
+            wrong = f"reads {self.d_in} channels but {ours} has {model.d_model}: use an SAE of that model"
+        else:
+            return
+        raise UserError(f"{self.where} {wrong}.")
 
     @torch.no_grad()
     def source(self, scale: float, prefixes: Sequence[int] | None = None) -> MatryoshkaSAE:
-        """The same SAE as a MatryoshkaSAE for activations divided by ``scale``, to attribute and distil a
-        core from.
+        """The same SAE as a MatryoshkaSAE for activations divided by ``scale``, to distil a core from.
 
         ``prefixes``: its nested sizes without the last, where its own files do not say; [] makes every latent
         a candidate. A core that it was itself trained around counts as part of its first prefix.
@@ -166,19 +141,15 @@ class Foreign(nn.Module):
                 f"{self.where} is of architecture {self.architecture}: it can be compared with, but a core "
                 f"is distilled from ReLU with thresholds alone ({', '.join(WITH_THRESHOLDS)})."
             )
-        if self.widths is None and prefixes is None:
+        own = self.widths[:-1] if self.widths else prefixes
+        if own is None:
             raise UserError(
-                f"{self.where} does not say how its latents are nested: give the sizes of its prefixes."
+                f"{self.where} does not say how its latents are nested: give its prefixes' sizes."
             )
-        if self.widths is not None and prefixes is not None and list(prefixes) != self.widths[:-1]:
-            raise UserError(
-                f"{self.where} was trained with prefixes {self.widths[:-1]}, not {list(prefixes)}: leave "
-                "them out."
-            )
-        theirs = self.sae
-        ours = MatryoshkaSAE(self.d_in, self.d_sae, self.widths[:-1] if prefixes is None else prefixes).to(
-            theirs.W_dec.device
-        )
+        if prefixes is not None and list(prefixes) != list(own):
+            raise UserError(f"{self.where} was trained with prefixes {own}, not {prefixes}: leave them out.")
+        theirs, device = self.sae, self.sae.W_dec.device
+        ours = MatryoshkaSAE(self.d_in, self.d_sae, own).to(device)
         threshold = theirs.threshold if self.architecture == "jumprelu" else torch.zeros_like(theirs.b_enc)
         if bool((threshold == threshold[0]).all()):
             threshold = threshold[0]
@@ -186,10 +157,8 @@ class Foreign(nn.Module):
         if not theirs.cfg.apply_b_dec_to_input:  # x W + b = (x - b_dec) W + (b + b_dec W)
             b_enc = (b_enc.double() + theirs.b_dec.double() @ theirs.W_enc.double()).float()
         ours.threshold, ours.threshold_ema = threshold.double(), threshold.double()
-        ours.load_state_dict(
-            ours.state_dict()
-            | {"free_rows": theirs.W_enc.T, "W_dec": theirs.W_dec, "b_enc": b_enc, "b_dec": theirs.b_dec}
-        )
+        weights = {"free_rows": theirs.W_enc.T, "W_dec": theirs.W_dec, "b_enc": b_enc, "b_dec": theirs.b_dec}
+        ours.load_state_dict(ours.state_dict() | weights)
         for tensor in (ours.b_enc, ours.b_dec, ours.threshold, ours.threshold_ema):
             tensor.div_(scale)
         return ours.requires_grad_(False)
@@ -212,7 +181,7 @@ def _hook(name: str) -> str:
 
 def _content_hash(architecture: str, cfg: dict[str, Any], state: dict[str, Tensor]) -> str:
     settings = {key: value for key, value in cfg.items() if key not in ("metadata", "device")}
-    digest = hashlib.sha256(artifacts.hash_json([architecture, settings]).encode())
+    digest = hashlib.sha256(hash_json([architecture, settings]).encode())
     for name, value in sorted(state.items()):
         digest.update(f"{name}\0{tuple(value.shape)}\0".encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

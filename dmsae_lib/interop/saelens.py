@@ -17,82 +17,67 @@ import torch
 from torch import Tensor
 
 from dmsae_lib.interop.foreign import Foreign
-from dmsae_lib.sae.model import MatryoshkaSAE, load_sae
+from dmsae_lib.sae.model import load_sae
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import Artifact, UserError
 from dmsae_lib.store.atomic import claimed, put
 
 FILES = {"cfg.json", "sae_weights.safetensors"}  # of a SAELens folder
+DEFAULTS = {"hook_head_index": None, "prepend_bos": True, "model_from_pretrained_kwargs": {}}  # of metadata
 
 
-def open_sae(sae: Artifact | Path | str) -> tuple[MatryoshkaSAE, dict[str, Any]]:
-    """An SAE of a run, for unnormalised activations, and what another library should know of it.
+def open_sae(where: Artifact | Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An SAE of a run as a JumpReLU SAE for unnormalised activations: weights, metadata in SAELens's names.
 
-    ``sae`` is its artefact, below the run's folder, from where the harvest's record is read too. Returned
-    beside it: model_name, hook_name, context_size, k, widths (cumulative sizes of the nested reconstructions,
-    core included) and ``dmsae``, the lineage. Raises UserError where the run's harvest is missing or another
-    one, or the SAE is one that was trained elsewhere, kept to compare with.
+    ``where`` is its artefact, below its run's folder, from where the harvest's record is read too. Weights
+    are W_enc, W_dec, b_enc, b_dec and threshold, (d_sae,) float32: what a latent must exceed to count, 0 for
+    a ReLU core. Metadata has the nested widths, core included, where SAELens puts its own
+    (``training_architecture_details.matryoshka_widths``), k beside them, and our lineage under ``dmsae``.
+    Raises UserError where the run's harvest is missing or another one, or the SAE was trained elsewhere.
     """
-    sae = sae if isinstance(sae, Artifact) else artifacts.load(Path(sae), "sae")
-    if "sae.json" not in sae.files:
-        raise UserError(
-            f"{sae.folder} was trained elsewhere and is kept as a SAELens folder: load it from there."
-        )
-    record, metrics, sizes = _harvest_record(sae), sae.json("metrics.json"), sae.json("sae.json")
-    found = load_sae(sae)
-    # one trained elsewhere has its L0 alone
-    name, k = record["model"]["name"], metrics.get("k", round(metrics["L0"]["total"]))
-    lineage = {
-        "sae": sae.hash,
-        "parents": sae.parents,
-        "model_hash": record["model"]["hash"],
-        "scale": sizes["scale"],
-        "core_size": sizes["n_core"],
-        "core_sparsity": sizes["core_sparsity"],
-        "prefixes": sizes["prefixes"],
-        "k": k,
-        "L0": metrics["L0"],
-        **{key: metrics[key] for key in ("core", "cycle", "seed") if key in metrics},
-    }
-    return found, {
+    artifact = where if isinstance(where, Artifact) else artifacts.load(Path(where), "sae")
+    if "sae.json" not in artifact.files:
+        raise UserError(f"{artifact.folder} was trained elsewhere and is kept as a SAELens folder: use that.")
+    model, metrics, sizes = _model_of(artifact), artifact.json("metrics.json"), artifact.json("sae.json")
+    sae, name = load_sae(artifact), model["name"]
+    weights = {key: getattr(sae, key) for key in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    weights["threshold"] = sae.threshold.float().expand(sae.d_sae).clone()
+    if sae.core_sparsity == "relu":
+        weights["threshold"][: sae.n_core] = 0
+    k = metrics.get("k", round(metrics["L0"]["total"]))  # one trained elsewhere has its L0 alone
+    lineage = {"sae": artifact.hash, "parents": artifact.parents, "model_hash": model["hash"], "k": k}
+    lineage |= {key: sizes[key] for key in ("scale", "core_sparsity", "prefixes")} | {"core_size": sae.n_core}
+    lineage |= {key: metrics[key] for key in ("L0", "arm", "cycle", "seed") if key in metrics}
+    widths = [sae.n_core + m for m in sae.prefixes]
+    return weights, {
         # a path means nothing elsewhere
         "model_name": Path(name).name if Path(name).expanduser().is_dir() else name,
-        "hook_name": record["model"]["hook_name"],
-        "context_size": record["model"]["context_size"],
-        "k": k,
-        "widths": [found.n_core + m for m in found.prefixes],
+        "hook_name": model["hook_name"],
+        "context_size": model["context_size"],
+        "training_architecture": "matryoshka_batchtopk",
+        "training_architecture_details": {"matryoshka_widths": widths, "k": k},
         "dmsae": lineage,
     }
 
 
-def _harvest_record(sae: Artifact) -> dict[str, Any]:
-    """record.json of the harvest that ``sae`` was trained on, checked alone: its shards may be gigabytes."""
+def _model_of(sae: Artifact) -> dict[str, Any]:
+    """The model, by the record of the harvest that ``sae`` was trained on (never its shards)."""
     for run in sae.folder.resolve().parents:
         harvest = run / "harvest"
         with contextlib.suppress(OSError, ValueError):
             manifest = artifacts.unseal(harvest / "manifest.json")
-            if manifest["hash"] == sae.parents["harvest"]:
-                if artifacts.sha256_file(harvest / "record.json") == manifest["files"]["record.json"]:
-                    return Artifact(harvest, manifest, {}).json("record.json")
+            digest = artifacts.sha256_file(harvest / "record.json")
+            if (manifest["hash"], manifest["files"]["record.json"]) == (sae.parents["harvest"], digest):
+                return Artifact(harvest, manifest, {}).json("record.json")["model"]
     raise UserError(
-        f"The harvest that {sae.folder} was trained on is not in a folder above it, and only its record "
-        "names the "
-        "model: export the SAE from inside its run, runs/<run>."
+        f"The harvest that {sae.folder} was trained on, which names the model, is not in a folder above it: "
+        "export the SAE from inside its run, runs/<run>."
     )
-
-
-def thresholds(sae: MatryoshkaSAE) -> Tensor:
-    """(d_sae,) float32: the activation that a latent must exceed to count; 0 for a ReLU core."""
-    found = sae.threshold.detach().float().expand(sae.d_sae).clone()
-    if sae.core_sparsity == "relu":
-        found[: sae.n_core] = 0
-    return found
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, files: set[str]) -> Iterator[Path]:
-    """A folder to fill that becomes ``target`` at once; UserError where that holds anything but an earlier
-    ``files``."""
+    """A folder to fill that becomes ``target`` at once; UserError where more than ``files`` lies there."""
     with artifacts.explain_os_errors(target):
         if target.exists() and (not target.is_dir() or {path.name for path in target.iterdir()} - files):
             raise UserError(f"{target} holds something else: export to a folder that does not exist yet.")
@@ -106,55 +91,27 @@ def build(architecture: str, weights: dict[str, Tensor], metadata: dict[str, Any
     from sae_lens import SAE
 
     d_in, d_sae = weights["W_enc"].shape
-    # no random weights
-    sae = SAE.from_dict(
-        {
-            "architecture": architecture,
-            "d_in": d_in,
-            "d_sae": d_sae,
-            "device": "meta",
-            "metadata": metadata,
-            **settings,
-        }
-    )
+    sizes = {"d_in": d_in, "d_sae": d_sae, "device": "meta"}  # no random weights
+    sae = SAE.from_dict({"architecture": architecture, "metadata": DEFAULTS | metadata, **sizes, **settings})
     state = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in weights.items()}
     sae.load_state_dict(state, assign=True)
     return sae.to(device="cpu").requires_grad_(False)
 
 
 def export_saelens(sae: Artifact | Path | str, target: Path | str) -> Path:
-    """Write an SAE of a run as a SAELens folder, which ``sae_lens.SAE.load_from_disk(target)`` and sae_bench
-    can use.
+    """Write an SAE of a run as a SAELens folder, which ``sae_lens.SAE.load_from_disk`` and sae_bench can use.
 
-    ``sae`` is its artefact, inside its run. metadata in cfg.json has what SAELens itself asks for (model,
-    hook, context, BOS), the nested widths where SAELens puts its own
-    (``training_architecture_details.matryoshka_widths``), and our lineage under ``dmsae``. Returns
-    ``target``. Raises UserError where ``target`` holds something else.
+    ``sae`` is its artefact, inside its run. Returns ``target``. Raises UserError where ``target`` holds
+    something else, and as :func:`open_sae` does.
     """
-    ours, about = open_sae(sae)
-    metadata = {
-        "model_name": about["model_name"],
-        "hook_name": about["hook_name"],
-        "hook_head_index": None,
-        "context_size": about["context_size"],
-        "prepend_bos": True,
-        "model_from_pretrained_kwargs": {},
-        "training_architecture": "matryoshka_batchtopk",
-        "training_architecture_details": {"matryoshka_widths": about["widths"], "k": about["k"]},
-        "dmsae": about["dmsae"],
-    }
-    weights = {name: getattr(ours, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")} | {
-        "threshold": thresholds(ours)
-    }
-    theirs = build("jumprelu", weights, metadata, apply_b_dec_to_input=True, normalize_activations="none")
+    theirs = build("jumprelu", *open_sae(sae), apply_b_dec_to_input=True)
     with new_folder(Path(target), FILES) as place:
         theirs.save_model(place)
     return Path(target)
 
 
 def load_saelens(where: Path | str) -> Foreign:
-    """An SAE from a SAELens folder, or from the Hub as ``release:sae_id`` (``owner/repository:folder`` works,
-    too).
+    """An SAE from a SAELens folder, or from the Hub by ``release:sae_id`` or ``owner/repository:folder``.
 
     Raises UserError where there is none, the Hub does not give it, or it cannot be used here.
     """
@@ -163,18 +120,15 @@ def load_saelens(where: Path | str) -> Foreign:
     release, colon, sae_id = str(where).partition(":")
     folder = Path(where).expanduser()
     try:
-        if folder.is_dir():
-            sae = SAE.load_from_disk(folder, dtype="float32")
-        elif colon:
+        if colon and not folder.is_dir():
             sae = SAE.from_pretrained(release, sae_id)
         else:
-            raise FileNotFoundError("there is no such folder")
+            sae = SAE.load_from_disk(folder, dtype="float32")
     # missing files, broken JSON, unknown architectures, the network: each raises another kind
     except Exception as error:
         text = " ".join(str(error).split()).rstrip(".")[:160]
         raise UserError(
             f"{where} is no SAE that SAELens can load ({type(error).__name__}: {text}); give a folder with "
-            "cfg.json "
-            "and sae_weights.safetensors, or release:sae_id."
+            "cfg.json and sae_weights.safetensors, or release:sae_id."
         ) from error
     return Foreign(sae, str(where))

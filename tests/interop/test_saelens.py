@@ -395,7 +395,7 @@ def test_models_are_known_by_their_aliases(tiny_llama, ours, theirs):
 
 
 def test_the_nesting_must_be_known(tiny_llama, exported):
-    with pytest.raises(UserError, match="give the sizes of its prefixes"):
+    with pytest.raises(UserError, match="does not say how its latents are nested"):
         Foreign(jumprelu(tiny_llama), "somewhere").source(1.0)
     assert Foreign(jumprelu(tiny_llama), "somewhere").source(1.0, [8, 16]).prefixes == (8, 16, 24)
     with pytest.raises(UserError, match="was trained with prefixes"):
