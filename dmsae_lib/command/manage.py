@@ -1,4 +1,4 @@
-"""What the Makefile does with finished runs: status, compare, publish, core, push-core, mend, clean.
+"""What the Makefile does with finished runs: status, compare, publish, core, push-core, figures, mend, clean.
 
 ``python -m dmsae_lib.command.manage status --config default``
 """
@@ -8,9 +8,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from dmsae_lib.command.plan import Stage, parameters_changed, run_arguments, stages
+from tabulate import tabulate
+
+from dmsae_lib.command.plan import run_arguments, states
+from dmsae_lib.command.stages import Stage, stages
 from dmsae_lib.config.lock import locked
 from dmsae_lib.config.run import NAME, Run, open_run
 from dmsae_lib.store.artifacts import ArtifactError, UserError, explain_os_errors, load
@@ -20,29 +25,7 @@ from dmsae_lib.store.provenance import code_state
 CODE = ("dmsae_lib", "requirements.lock")
 
 
-def stage_state(run: Run, stage: Stage) -> str:
-    """What make would say of a stage, with the reason: ``missing`` (``optional``), ``stale: ...`` or
-    ``present``."""
-    target = run.folder / stage.artefact / "manifest.json"
-    if not target.is_file():
-        return "optional" if stage.optional else "missing"
-    if parameters_changed(run, stage):
-        return "stale: parameters changed"
-    if not (run.folder / "notebooks" / f"{stage.name}.ipynb").is_file():
-        return "stale: its notebook did not run to the end"
-    made = target.stat().st_mtime
-    sources = {
-        "parameters changed": run.folder / "params" / f"{stage.name}.json",
-        "notebook changed": run.root / "notebooks" / f"{stage.notebook}.ipynb",
-    }
-    sources |= {f"{parent} is newer": run.folder / parent / "manifest.json" for parent in stage.parents}
-    for reason, path in sources.items():
-        if not path.is_file() or path.stat().st_mtime > made:
-            return f"stale: {reason}"
-    return "present"
-
-
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -50,39 +33,32 @@ def _read(path: Path) -> dict:
 
 
 def made_by(run: Run, stage: Stage) -> tuple[str, str, str]:
-    """(when, seconds, code) of a stage's artefact; ``code`` says whether today's code is the one that made
-    it."""
+    """(when, seconds, code) of a stage's artefact; ``code`` says whether today's code has made it."""
     record = _read(run.folder / stage.artefact / "provenance.json")
-    seconds = _read(run.folder / "notebooks" / f"{stage.name}.json").get("seconds", "")
-    commit = record.get("commit")
     if not record:
         return "", "", ""
+    seconds = _read(run.folder / "notebooks" / f"{stage.name}.json").get("seconds", "")
+    commit = record.get("commit")
     if commit is None or code_state(run.root)["commit"] is None:
         code = "unknown (no git history)"
     elif record["dirty"]:
         code = f"{commit[:8]} with uncommitted changes"
     else:
-        paths = [*CODE, f"notebooks/{stage.notebook}.ipynb"]
-        same = subprocess.run(
-            ["git", "diff", "--quiet", commit, "--", *paths], cwd=run.root, capture_output=True
-        )
-        code = "same as now" if same.returncode == 0 else f"other: {commit[:8]}"
+        words = ["git", "diff", "--quiet", commit, "--", *CODE, f"notebooks/{stage.notebook}.ipynb"]
+        same = subprocess.run(words, cwd=run.root, capture_output=True).returncode == 0
+        code = "same as now" if same else f"other: {commit[:8]}"
     return record["created"][:16].replace("T", " "), str(seconds), code
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Left-aligned columns; the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+def _table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    return tabulate(rows, header, tablefmt="plain", disable_numparse=True)
 
 
 def status(run: Run) -> None:
     """Print one line per stage. Nothing is written, so it may be asked while the run computes."""
-    rows = [("stage", "state", "made (UTC)", "seconds", "code")]
-    rows += [(stage.name, stage_state(run, stage), *made_by(run, stage)) for stage in stages(run.config)]
-    print(f"runs/{run.name}\n{table(rows)}")
+    made = states(run)
+    rows = [(stage.name, made[stage.name], *made_by(run, stage)) for stage in stages(run.config)]
+    print(f"runs/{run.name}\n{_table(rows, ('stage', 'state', 'made (UTC)', 'seconds', 'code'))}")
 
 
 def _number(value: object) -> str:
@@ -97,64 +73,37 @@ def compare(run: Run, strict: bool = False) -> int:
     from dmsae_lib.report import agreement
     from dmsae_lib.report.results import Results
 
-    published = run.root / "results" / run.config.name
-    if not (published / "summary.json").is_file():
-        print(
-            f"Nothing is published for {run.config.name}, so there is nothing to compare runs/{run.name} "
-            "with."
-        )
+    where = f"results/{run.config.name}"
+    if not (run.root / where / "summary.json").is_file():
+        print(f"There is no {where}: nothing is published to compare runs/{run.name} with.")
         return 0
-    ours, theirs = Results(run.folder / "summary").summary, Results(published).summary
-    rows, same = (
-        agreement.compare(ours, theirs),
-        ours["inputs"]["config_hash"] == theirs["inputs"]["config_hash"],
-    )
-    if not same:
+    ours, theirs = Results(run.folder / "summary").summary, Results(run.root / where).summary
+    rows = agreement.compare(ours, theirs)
+    same_settings = ours["inputs"]["config_hash"] == theirs["inputs"]["config_hash"]
+    if not same_settings:
         rows = [row for row in rows if None not in (row["published"], row["fresh"])]
     found, columns = agreement.assess(rows), ("metric", "published", "fresh", "difference", "tolerance")
-    shown = [row for row in rows if not row["ok"]]
+    shown = [(*(_number(row[n]) for n in columns), "far" * row["far"]) for row in rows if not row["ok"]]
     if shown:
-        print(
-            table(
-                [
-                    (*columns, ""),
-                    *(
-                        (
-                            row["metric"],
-                            *(_number(row[name]) for name in columns[1:]),
-                            "far" if row["far"] else "",
-                        )
-                        for row in shown
-                    ),
-                ]
-            )
-        )
+        print(_table(shown, (*columns, "")))
     if unasked := sorted(agreement.optional_evals(ours) ^ agreement.optional_evals(theirs)):
         print(f"Not compared, because `make saebench` ran for one of the two alone: {', '.join(unasked)}.")
     within = found["numbers"] - found["identical"] - found["beyond"]
     print(
-        f"{found['numbers']} numbers against results/{run.config.name}: {found['identical']} identical, "
-        f"{within} within what two seeds differ by, {found['beyond']} beyond it ({found['expected']:.0f} are "
-        "expected by chance)."
+        f"{found['numbers']} numbers against {where}: {found['identical']} identical, {within} within what two "
+        f"seeds differ by, {found['beyond']} beyond it ({found['expected']:.0f} are expected by chance)."
     )
-    changed = "; ".join(
-        f"{name} {after}, published: {before}" for name, (before, after) in found["verdicts"].items()
-    )
-    print(f"Verdicts: {changed or 'all as published'}.")
-    if not same:
-        print(
-            "This run has other settings than the published one: what both have is compared, and differences "
-            "are expected."
-        )
+    changed = [f"{name} {after}, published: {before}" for name, (before, after) in found["verdicts"].items()]
+    print(f"Verdicts: {'; '.join(changed) or 'all as published'}.")
+    if not same_settings:
+        print("The published run has other settings: differences are expected.")
     elif found["disagrees"]:
         print(
-            f"THIS RUN DISAGREES WITH THE PUBLISHED ONE; it is kept as it is in runs/{run.name}. `make "
-            "status` shows whether "
-            "today's code made all of it, its summary/provenance.json which versions; if both are in order, "
-            "please report that file and the table above."
+            f"THIS RUN DISAGREES WITH THE PUBLISHED ONE; runs/{run.name} is kept as it is. `make status` shows "
+            "whether today's code made all of it, its summary/provenance.json which versions; if both are in "
+            "order, please report that file and the table above."
         )
-    exact = all(row["published"] == row["fresh"] for row in rows)
-    return 1 if strict and not exact else 0
+    return 1 if strict and any(row["published"] != row["fresh"] for row in rows) else 0
 
 
 def _checked(name: str) -> str:
@@ -164,8 +113,8 @@ def _checked(name: str) -> str:
 
 
 def publish(run: Run, name: str = "") -> None:
-    """Copy summary, core and executed notebooks to results/<name>, draw figures/<name> from there: all of it,
-    or nothing."""
+    """Copy summary, core and executed notebooks to results/<name>, draw figures/<name> from there: all or
+    nothing."""
     from dmsae_lib.distill.core_format import export_core
     from dmsae_lib.figures import draw_all
     from dmsae_lib.report.page import update_readme
@@ -175,24 +124,18 @@ def publish(run: Run, name: str = "") -> None:
             f"runs/{run.name} is not the plain run of {run.config.name}: say with AS=name under which name "
             "to publish it."
         )
-    name = _checked(name or run.name)
-    made = {stage.name: stage_state(run, stage) for stage in stages(run.config)}
+    name, made = _checked(name or run.name), states(run)
     for stage, state in made.items():
         if state not in ("present", "optional"):
-            raise UserError(
-                f"runs/{run.name} is not complete ({stage} is {state}): run `make reproduce` first."
-            )
+            raise UserError(f"runs/{run.name} is not complete ({stage} is {state}): run `make reproduce`.")
     targets = [run.root / "results" / name, run.root / "figures" / name]
     with explain_os_errors(targets[0]), locked(run), replacing(targets) as (results, figures):
         shutil.copytree(load(run.folder / "summary", "summary").folder, results, dirs_exist_ok=True)
         export_core(run, results / "core")
         (results / "notebooks").mkdir()
-        for stage in (
-            name for name, state in made.items() if state == "present" and not name.startswith("chain_")
-        ):
-            shutil.copy(
-                run.folder / "notebooks" / f"{stage}.ipynb", results / "notebooks"
-            )  # other chains' look the same
+        for stage, state in made.items():
+            if state == "present" and not stage.startswith("chain_"):  # other chains' look the same
+                shutil.copy(run.folder / "notebooks" / f"{stage}.ipynb", results / "notebooks")
         draw_all(results, figures)
     if name in ("default", "extended") and (run.root / "results" / "default").is_dir():
         update_readme(run.root)
@@ -210,17 +153,14 @@ def core(run: Run) -> None:
 
 
 def push_core(run: Run, to: str, licence: str = "", public: bool = False) -> None:
-    """Put the run's final core, with a model card that gives the summary's numbers, into a Hub repository or
-    a folder."""
+    """Put the run's final core, with a model card of the summary's numbers, into a Hub repository or a
+    folder."""
     from dmsae_lib.report import card as hub
 
     core(run)
     summary = run.folder / "summary" if (run.folder / "summary" / "manifest.json").is_file() else None
     address = hub.push_core(run.folder / "core", to, results=summary, licence=licence, private=not public)
-    print(
-        "pushed it to "
-        f"{address}{'' if summary else '; the run has no summary yet, so the card holds no results'}"
-    )
+    print(f"pushed it to {address}{'' if summary else '; without a summary yet, the card holds no results'}")
 
 
 def figures(run: Run, name: str = "") -> None:
@@ -234,9 +174,17 @@ def figures(run: Run, name: str = "") -> None:
     print(f"drew {len(drawn)} figures in figures/{name}")
 
 
+def _makers(run: Run, folder: Path) -> list[Stage]:
+    """The stages that may have made the artefact in ``folder``: its own, or all of its part of the run."""
+    if folder.name.startswith("."):
+        return []  # a checkpoint, which nothing waits for
+    place, found = folder.relative_to(run.folder), stages(run.config)
+    own = [stage for stage in found if Path(stage.artefact) == place]
+    return own or [stage for stage in found if Path(stage.artefact).parts[0] == place.parts[0]]
+
+
 def mend(run: Run) -> None:
-    """Check every artefact of the run against its hashes, and remove what is damaged, so that `make stages`
-    makes it again.
+    """Check every artefact against its hashes and remove the damaged, so that `make stages` makes them again.
 
     Stages whose artefact is one of several that they make run again too, and make only what is missing.
     """
@@ -244,8 +192,7 @@ def mend(run: Run) -> None:
         print(f"there is no runs/{run.name}: nothing to mend")
         return
     with explain_os_errors(run.folder), locked(run):
-        found = sorted(path.parent for path in run.folder.rglob("manifest.json"))
-        removed = 0
+        found, removed = sorted(path.parent for path in run.folder.rglob("manifest.json")), 0
         for folder in found:
             try:
                 load(folder, None)
@@ -258,18 +205,8 @@ def mend(run: Run) -> None:
         print(f"runs/{run.name}: {len(found)} artefacts checked, {removed} of them damaged and removed")
 
 
-def _makers(run: Run, folder: Path) -> list[Stage]:
-    """The stages that may have made the artefact in ``folder``: its own, or all of its part of the run."""
-    if folder.name.startswith("."):
-        return []  # a checkpoint, which nothing waits for
-    place = folder.relative_to(run.folder)
-    own = [stage for stage in stages(run.config) if Path(stage.artefact) == place]
-    return own or [stage for stage in stages(run.config) if Path(stage.artefact).parts[0] == place.parts[0]]
-
-
 def clean(run: Run) -> None:
-    """Remove everything computed in the run's folder, named first. results/ and figures/ are never
-    touched."""
+    """Remove everything computed in the run's folder, named first; never results/ or figures/."""
     if not run.folder.is_dir():
         print(f"there is no runs/{run.name}: nothing to remove")
         return
@@ -282,45 +219,33 @@ def clean(run: Run) -> None:
         delete(run.folder)
 
 
+# Each action with the options that it takes
+ACTIONS: dict[str, tuple[Callable[..., int | None], tuple[str, ...]]] = {
+    "status": (status, ()),
+    "compare": (compare, ("strict",)),
+    "publish": (publish, ("name",)),
+    "core": (core, ()),
+    "push-core": (push_core, ("to", "licence", "public")),
+    "figures": (figures, ("name",)),
+    "mend": (mend, ()),
+    "clean": (clean, ()),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Look after finished runs.")
-    parser.add_argument(
-        "action", choices=("status", "compare", "publish", "core", "push-core", "figures", "mend", "clean")
-    )
-    parser.add_argument(
-        "--as", dest="name", default="", help="for publish and figures: below results/ and figures/"
-    )
-    parser.add_argument("--to", default="", help="for push-core: owner/name on the Hub, or a folder")
-    parser.add_argument(
-        "--licence", default="", help="for push-core: an identifier of the Hub, such as mit or gemma"
-    )
-    parser.add_argument(
-        "--public", action="store_true", help="for push-core: a new repository is not private"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="for compare: fail unless every number is the published one"
-    )
+    add = parser.add_argument
+    add("action", choices=ACTIONS)
+    add("--as", dest="name", default="", help="publish, figures: the name below results/ and figures/")
+    add("--to", default="", help="push-core: owner/name on the Hub, or a folder")
+    add("--licence", default="", help="push-core: an identifier of the Hub, such as mit or gemma")
+    add("--public", action="store_true", help="push-core: a new repository is not private")
+    add("--strict", action="store_true", help="compare: fail unless every number is the published one")
     run_arguments(parser)
     options = parser.parse_args()
     run = open_run(options.config, options.run, options.set)
-    match options.action:
-        case "status":
-            status(run)
-        case "compare":
-            return compare(run, options.strict)
-        case "publish":
-            publish(run, options.name)
-        case "core":
-            core(run)
-        case "push-core":
-            push_core(run, options.to, options.licence, options.public)
-        case "figures":
-            figures(run, options.name)
-        case "mend":
-            mend(run)
-        case "clean":
-            clean(run)
-    return 0
+    action, names = ACTIONS[options.action]
+    return action(run, **{name: getattr(options, name) for name in names}) or 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import pytest
 from clone import write_notebook
 
 from dmsae_lib.command import manage
-from dmsae_lib.command.plan import stages, write_plan
+from dmsae_lib.command.plan import states, write_plan
+from dmsae_lib.command.stages import stages
 from dmsae_lib.config.lock import lock
 from dmsae_lib.config.run import Run
 from dmsae_lib.distill.core_format import load_core
@@ -56,7 +57,7 @@ def run(template, tmp_path) -> Run:
 def one_figure(monkeypatch) -> None:
     """Draw one file in place of all figures, which take seconds."""
     monkeypatch.setattr(
-        "dmsae_lib.figures.draw_all", lambda results, figures: (figures / "one.png").write_text("1")
+        "dmsae_lib.figures.draw_all", lambda _, figures: [(figures / "one.png").write_text("1")]
     )
 
 
@@ -70,28 +71,17 @@ def published_files(run: Run) -> dict[str, bytes]:
     }
 
 
-def states(run: Run) -> dict[str, str]:
-    return {stage.name: manage.stage_state(run, stage) for stage in stages(run.config)}
-
-
-def test_status_gives_the_state_and_its_reason(run, capsys):
-    assert (
-        set(states(run).values()) == {"present", "optional"} and states(run)["saebench_suite"] == "optional"
-    )
+def test_status_prints_each_stage_and_writes_nothing(run, capsys):
+    """That its states are what make would do is tested with the plan."""
     shutil.rmtree(run.folder / "cycle_3" / "core")
-    (run.folder / "notebooks" / "retrain.ipynb").unlink()
-    (run.folder / "params" / "harvest.json").write_text("{}")
-    os.utime(run.root / "notebooks" / "06_saebench.ipynb", (3e9, 3e9))
-    found = states(run)
-    assert found["cycle_3_distill"] == "missing" and found["cycle_4_train"] == "stale: cycle_3/core is newer"
-    assert found["harvest"] == "stale: parameters changed"
-    assert found["retrain"] == "stale: its notebook did not run to the end"
-    assert found["saebench"] == "stale: notebook changed" and found["cycle_0_train"] == "present"
-    before = sorted(run.folder.rglob("*"))
+    before, found = sorted(run.folder.rglob("*")), states(run)
+    assert found["saebench_suite"] == "optional" and found["cycle_3_distill"] == "missing"
+    assert found["cycle_4_train"] == "stale: cycle_3/core is made again"
     manage.status(run)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "runs/synthetic" and lines[1].split()[:2] == ["stage", "state"]
-    assert len(lines) == 2 + len(found) and "unknown (no git history)" in lines[2]
+    assert [line.split()[0] for line in lines[2:]] == list(found)
+    assert "present" in lines[2] and "unknown (no git history)" in lines[2]
     assert sorted(run.folder.rglob("*")) == before
 
 
@@ -128,7 +118,7 @@ def test_status_tells_which_code_made_a_stage(run, monkeypatch):
     assert code(commit="0" * 40, dirty=False)[2] == "other: 00000000"
 
 
-def test_publish_copies_summary_and_notebooks_and_draws_the_figures(run, capsys):
+def test_publish_copies_summary_core_and_notebooks_and_draws_the_figures(run, one_figure, capsys):
     manage.publish(run)
     files = published_files(run)
     for name in (
@@ -139,7 +129,7 @@ def test_publish_copies_summary_and_notebooks_and_draws_the_figures(run, capsys)
         "notebooks/cycle_7_distill.ipynb",
     ):
         assert f"results/synthetic/{name}" in files
-    assert any(name.endswith(".png") for name in files) and not any("/." in name for name in files)
+    assert "figures/synthetic/one.png" in files and not any("/." in name for name in files)
     assert files["results/synthetic/summary.json"] == (run.folder / "summary" / "summary.json").read_bytes()
     assert "published runs/synthetic" in capsys.readouterr().out
     shutil.rmtree(run.root / "figures")
@@ -197,7 +187,7 @@ def test_publish_refuses_a_run_that_is_incomplete_damaged_or_of_another_name(run
 
 def test_compare_tells_chance_from_disagreement_and_fails_only_if_strict(run, one_figure, capsys):
     assert manage.compare(run) == 0
-    assert "Nothing is published for synthetic" in capsys.readouterr().out
+    assert "nothing is published to compare runs/synthetic with" in capsys.readouterr().out
     manage.publish(run)
     capsys.readouterr()
     assert manage.compare(run, strict=True) == 0
@@ -222,7 +212,7 @@ def test_compare_tells_chance_from_disagreement_and_fails_only_if_strict(run, on
     spoil(path, summary)
     assert manage.compare(run) == 0
     said = capsys.readouterr().out
-    assert "other settings than the published one" in said and "DISAGREES" not in said
+    assert "has other settings" in said and "DISAGREES" not in said
     path.write_text(path.read_text() + " ")
     with pytest.raises(UserError, match="results/synthetic is damaged .summary.json does not match its hash"):
         manage.compare(run)
@@ -262,9 +252,9 @@ def test_mend_removes_what_is_damaged_and_its_stages_are_made_again(run, capsys)
         and "1 of them damaged" in said
     )
     assert not (run.folder / "retrain" / "k32" / "none-seed1").exists()
-    assert {name: state for name, state in states(run).items() if state not in ("present", "optional")} == {
-        "retrain": "stale: its notebook did not run to the end"
-    }
+    assert states(run)["retrain"] == "stale: its notebook did not run to the end"
+    assert states(run)["saebench"] == "stale: retrain/index is made again"
+    assert states(run)["cycle_7_distill"] == "present"
     (run.folder / "cycle_3" / "core" / "core.json").write_text("broken")
     with write(run.folder / "cycle_1" / ".sae.checkpoint", "checkpoint") as writer:
         writer.json("state.json", {})

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -14,11 +15,12 @@ import pytest
 import yaml
 from clone import ROOT, TOY, make, make_clone, planned, write_script
 
-from dmsae_lib.command.plan import stages
+from dmsae_lib.command.plan import states
 from dmsae_lib.command.run_notebook import check_parameters, parameters_of
+from dmsae_lib.command.stages import stages
 from dmsae_lib.config import RunConfig, load_config
 from dmsae_lib.config.lock import lock
-from dmsae_lib.config.run import open_run
+from dmsae_lib.config.run import Run, open_run
 from dmsae_lib.store.artifacts import UserError
 
 CYCLES = [f"cycle_{t}_{step}" for t in (0, 1) for step in ("train", "attribute", "distill")]
@@ -134,16 +136,63 @@ def test_parameters_files_are_left_alone_while_nothing_changes(done):
     assert [path.stat().st_mtime_ns for path in files] == before and len(files) == len(ALL) + 2
 
 
-def test_a_changed_notebook_an_unfinished_one_and_a_lost_artefact_are_remade(done):
-    run = done / "runs" / "trial"
-    (done / "notebooks" / "06_saebench.ipynb").touch()
-    assert planned(done, "RUN=trial") == ["saebench", "summary"]
-    pretend(done, "trial")
-    (run / "notebooks" / "saebench.ipynb").unlink()
-    assert planned(done, "RUN=trial") == ["saebench", "summary"]
-    pretend(done, "trial")
-    (run / "retrain" / "index" / "manifest.json").unlink()
-    assert planned(done, "RUN=trial") == END
+def lose(run: Path, name: str) -> None:
+    (run / name).unlink()
+
+
+def touch(run: Path, name: str) -> None:
+    (run / name).touch()
+
+
+# What is done to a complete run (or which setting is changed) -> the stages made again, the first one's state
+DISTURBED = {
+    "nothing": (None, [], ""),
+    "an artefact lost": (partial(lose, name="retrain/index/manifest.json"), END, "missing"),
+    "a parameter changed": ("distill.final_core=all_of_last", END, "stale: parameters changed"),
+    "a parameters file lost": (partial(lose, name="params/retrain.json"), END, "stale: parameters changed"),
+    "a parameters file newer": (partial(touch, name="params/retrain.json"), END, "stale: parameters changed"),
+    "a notebook changed": (
+        partial(touch, name="../../notebooks/06_saebench.ipynb"),
+        ["saebench", "summary"],
+        "stale: notebook changed",
+    ),
+    "a notebook unfinished": (
+        partial(lose, name="notebooks/saebench.ipynb"),
+        ["saebench", "summary"],
+        "stale: its notebook did not run to the end",
+    ),
+    "a parent newer": (
+        partial(touch, name="cycle_1/sae/manifest.json"),
+        ["cycle_1_attribute", "cycle_1_distill", *END],
+        "stale: cycle_1/sae is newer",
+    ),
+    "a parent of the optional stage newer": (
+        partial(touch, name="retrain/index/manifest.json"),
+        ["saebench", "saebench_suite", "summary"],
+        "stale: retrain/index is newer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DISTURBED)
+def test_what_is_made_again_and_status_says_the_same_beforehand(done, case):
+    disturb, again, reason = DISTURBED[case]
+    suite = "saebench_suite" in again or case == "nothing"
+    folder = pretend(done, "trial", suite=suite)
+    overrides = (disturb,) if isinstance(disturb, str) else ()
+    if disturb and not overrides:
+        disturb(folder)
+    run = open_run(str(done / "configs" / "toy.yaml"), "trial", overrides)
+    said = states(Run(run.config, "trial", done))
+    left = [stage for stage, state in said.items() if state not in ("present", "optional")]
+    assert left == again and (not again or said[again[0]] == reason)
+    assert sorted(planned(done, "RUN=trial", *(f"SET={override}" for override in overrides))) == sorted(again)
+
+
+def test_status_of_a_new_run_is_what_make_would_do(fresh):
+    run = Run(open_run(str(fresh / "configs" / "toy.yaml"), "new").config, "new", fresh)
+    assert states(run) == dict.fromkeys(ALL, "missing") | {"saebench_suite": "optional"}
+    assert not run.folder.exists() and planned(fresh, "RUN=new") == ALL
 
 
 def test_the_suite_is_made_on_request_and_then_kept_up_to_date(done):
