@@ -11,7 +11,7 @@ from torch import Tensor
 from dmsae_lib.config.run import Run
 from dmsae_lib.config.sections import CONTROLS, LONGER
 from dmsae_lib.distill.core import Core, Frozen, Pool, candidate_pool, control_core, final_core, read_core
-from dmsae_lib.sae.model import load_sae
+from dmsae_lib.sae.model import load_folded
 from dmsae_lib.store.seeds import generator
 
 
@@ -36,7 +36,7 @@ def open_arms(run: Run, chain: str = "main") -> Arms:
     for t in range(cfg.distill.cycles + 1):
         table = run.load(t, "attribution", chain).csv("table.csv")
         frequency = torch.tensor([float(row["frequency"]) for row in table], dtype=torch.float64)
-        cycles.append((t, load_sae(run.load(t, "sae", chain)), frequency))
+        cycles.append((t, load_folded(run.load(t, "sae", chain)), frequency))
     core = read_core(run.load(cfg.distill.cycles, "core", chain))
     return Arms(final_core(core, cfg.distill.final_core), candidate_pool(cycles), cfg.seed, chain)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel, next_token_loss
-from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.sae.model import FoldedSAE
 
 # By how much of max |A| the closed form and autograd may differ: rounding in the model's own type, through
 # all its layers.
@@ -25,7 +25,7 @@ BINS, LOW, HIGH = 2000, -14.0, 6.0
 
 
 @torch.enable_grad()
-def gradient_at_prefix0(model: LanguageModel, sae: MatryoshkaSAE, batch: Contexts) -> tuple[Tensor, Tensor]:
+def gradient_at_prefix0(model: LanguageModel, sae: FoldedSAE, batch: Contexts) -> tuple[Tensor, Tensor]:
     """Activations f (n, candidates) and gradients g (n, d_in) at the usable positions of one batch of
     contexts.
 
@@ -44,7 +44,7 @@ def gradient_at_prefix0(model: LanguageModel, sae: MatryoshkaSAE, batch: Context
     return f[usable], g[usable]
 
 
-def contributions(f: Tensor, g: Tensor, sae: MatryoshkaSAE) -> Tensor:
+def contributions(f: Tensor, g: Tensor, sae: FoldedSAE) -> Tensor:
     """A (n, candidates): f_i(x_t) <g_t, d_i>, nats."""
     return f * (g @ sae.W_dec[: f.shape[1]].T)
 
@@ -80,7 +80,7 @@ class AttributionTable:
 
 def attribute(
     model: LanguageModel,
-    sae: MatryoshkaSAE,
+    sae: FoldedSAE,
     contexts: Contexts,
     quantile: float = 0.99,
     aggregator: str = "mean_abs",

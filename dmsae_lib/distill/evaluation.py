@@ -9,7 +9,7 @@ from torch import Tensor
 from dmsae_lib.data.activations import Losses, usable_residuals
 from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss
-from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.sae.model import FoldedSAE
 from dmsae_lib.sae.select import between_nth
 
 CALIBRATION_TOKENS = 2**17  # at most this many tokens of the split are held in memory: 1.2 GB at width 2304
@@ -33,7 +33,7 @@ def lower_all(model: LanguageModel, contexts: Contexts) -> Lowered | None:
 
 @torch.no_grad()
 def calibrate_threshold(
-    sae: MatryoshkaSAE,
+    sae: FoldedSAE,
     model: LanguageModel,
     contexts: Contexts,
     k: int,
@@ -96,7 +96,7 @@ def loss_recovered(loss: float, clean: float, ablated: float) -> float:
 
 @torch.no_grad()
 def evaluate(
-    sae: MatryoshkaSAE,
+    sae: FoldedSAE,
     model: LanguageModel,
     contexts: Contexts,
     losses: Losses,

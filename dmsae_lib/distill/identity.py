@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmsae_lib.config.run import Run
 from dmsae_lib.distill.core import cosines, final_core, read_core
-from dmsae_lib.sae.model import MatryoshkaSAE, load_sae
+from dmsae_lib.sae.model import FoldedSAE, load_folded
 from dmsae_lib.store.seeds import generator
 
 # a matched pair above this |cosine|, or correlation, counts as the same latent (method, section 7)
@@ -78,7 +78,7 @@ def identity_rows(run: Run, residuals: Sequence[Tensor]) -> list[dict[str, Any]]
     last, chains, of = run.config.distill.cycles, run.config.replicates, {}
     for chain in chains if len(chains) > 1 else []:
         core = final_core(read_core(run.load(last, "core", chain)), run.config.distill.final_core)
-        sae, plain = (load_sae(run.load(t, "sae", chain)) for t in (last, 0))
+        sae, plain = (load_folded(run.load(t, "sae", chain)) for t in (last, 0))
         n, free = len(core), plain.free_rows
         where = [latent.index for latent in core.latents]
         of[chain] = {
@@ -102,7 +102,7 @@ def identity_rows(run: Run, residuals: Sequence[Tensor]) -> list[dict[str, Any]]
     return found
 
 
-def _activations(sae: MatryoshkaSAE, residuals: Sequence[Tensor], latents: list[int]) -> Tensor:
+def _activations(sae: FoldedSAE, residuals: Sequence[Tensor], latents: list[int]) -> Tensor:
     """(tokens, latents) on the CPU."""
     sae = sae.to(residuals[0].device)
     return torch.cat([sae.encode(x)[:, latents].cpu() for x in residuals])

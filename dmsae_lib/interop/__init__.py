@@ -19,7 +19,7 @@ from dmsae_lib.interop.dictionary_learning import (
 )
 from dmsae_lib.interop.foreign import Foreign
 from dmsae_lib.interop.saelens import export_saelens, load_saelens
-from dmsae_lib.sae.model import MatryoshkaSAE, load_sae
+from dmsae_lib.sae.model import MatryoshkaSAE, load_folded
 from dmsae_lib.store.artifacts import Artifact, Writer
 
 __all__ = [
@@ -52,4 +52,4 @@ def save_foreign(writer: Writer, foreign: Foreign) -> None:
 
 def load_any(artifact: Artifact, model: LanguageModel) -> MatryoshkaSAE | Foreign:
     """The SAE of an artefact, trained here or elsewhere, for unnormalised activations."""
-    return load_sae(artifact) if "sae.json" in artifact.files else load_foreign(artifact.folder, model)
+    return load_folded(artifact) if "sae.json" in artifact.files else load_foreign(artifact.folder, model)

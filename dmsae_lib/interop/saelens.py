@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dmsae_lib.interop.foreign import Foreign
-from dmsae_lib.sae.model import load_sae
+from dmsae_lib.sae.model import load_folded
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import Artifact, UserError
 from dmsae_lib.store.atomic import claimed, put
@@ -39,7 +39,7 @@ def open_sae(where: Artifact | Path | str) -> tuple[dict[str, Tensor], dict[str,
     if "sae.json" not in artifact.files:
         raise UserError(f"{artifact.folder} was trained elsewhere and is kept as a SAELens folder: use that.")
     model, metrics, sizes = _model_of(artifact), artifact.json("metrics.json"), artifact.json("sae.json")
-    sae, name = load_sae(artifact), model["name"]
+    sae, name = load_folded(artifact), model["name"]
     weights = {key: getattr(sae, key) for key in ("W_enc", "W_dec", "b_enc", "b_dec")}
     weights["threshold"] = sae.threshold.float().expand(sae.d_sae).clone()
     if sae.core_sparsity == "relu":

@@ -1,5 +1,4 @@
-"""BatchTopK with a moving budget, as an exact and fast selection, and the threshold that replaces it at
-inference."""
+"""BatchTopK with a moving budget, as an exact and fast selection, and the threshold that replaces it."""
 
 from typing import NamedTuple
 
@@ -10,8 +9,7 @@ WARM = 0.9  # candidates are the activations above this share of the last thresh
 
 
 class Kept(NamedTuple):
-    """The entries of a (batch, latents) matrix that a selection keeps, in row-major order. Every other entry
-    is 0."""
+    """What a selection keeps of a (batch, latents) matrix, in row-major order; every other entry is 0."""
 
     row: Tensor  # (n,) int64
     latent: Tensor  # (n,) int64
@@ -28,10 +26,10 @@ def free_budget(batch_size: int, k: int, n_core_active: Tensor, k_min: int = 1) 
 
 
 def batch_topk(a: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Mask of the ``n`` largest positive entries of ``a`` (batch, latents), and the smallest kept value.
+    """Mask of the ``n`` largest positive entries of ``a`` (batch, latents), or of all; the smallest of them.
 
-    The plain definition, by a full sort. Ties go to the lowest flat index. Fewer than ``n`` positive entries:
-    all are kept. The smallest kept value is 0 when nothing is kept.
+    The plain definition, by a full sort. Ties go to the lowest flat index. The smallest is 0 when nothing is
+    kept.
     """
     value, index = a.flatten().sort(descending=True, stable=True)
     n_kept = min(max(n, 0), int((value > 0).sum()))
@@ -41,15 +39,12 @@ def batch_topk(a: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_largest(pre: Tensor, bias: Tensor, n: int, last_threshold: float = 0.0) -> Kept:
-    """What :func:`batch_topk` keeps of ReLU(pre + bias), as a list of entries.
+    """What :func:`batch_topk` keeps of ReLU(pre + bias): ``pre`` (batch, latents), ``bias`` (latents,).
 
     Only entries above ``WARM * last_threshold`` are looked at first: a pass of comparisons over the matrix
     and a selection among a few per cent of it. Where those are too few all positive entries are looked at, so
     the result does not depend on ``last_threshold``. Neither the sum with ``bias`` nor the ReLU is ever made
     for the whole matrix.
-
-    Args:
-        pre: (batch, latents) contiguous; bias: (latents,).
     """
     cut = WARM * last_threshold
     kept = _largest_above(cut, pre, bias, n)
@@ -83,10 +78,10 @@ def _largest_above(cut: float, pre: Tensor, bias: Tensor, n: int) -> Kept:
     return Kept(index // width, latent, value, smallest)
 
 
-def keep_largest_fixed(pre: Tensor, bias: Tensor, n: Tensor, n_max: int) -> Kept:
-    """:func:`keep_largest` for a GPU: nothing waits for the host, since every shape is known before.
+def keep_largest_fixed(pre: Tensor, bias: Tensor, n: int | Tensor, n_max: int) -> Kept:
+    """:func:`keep_largest` for a GPU: every shape is known before, so nothing waits for the host.
 
-    The list has ``n_max`` entries; those beyond the budget ``n`` () int64, or not positive, have the value 0.
+    The list has ``n_max`` entries; those beyond the budget ``n``, or not positive, have the value 0.
     Which of several equal values is kept at the very end of the budget is left to the device.
     """
     top = (pre + bias).relu_().flatten().topk(n_max)
@@ -99,8 +94,7 @@ def keep_largest_fixed(pre: Tensor, bias: Tensor, n: Tensor, n_max: int) -> Kept
 
 
 def between_nth(values: Tensor, n: int) -> float:
-    """A threshold above which ``n`` of the positive ``values`` lie: midway between the n-th largest and the
-    next one.
+    """A threshold that ``n`` of the positive ``values`` exceed: midway between the n-th largest and the next.
 
     0 where there are no more than ``n`` values, the largest value for n = 0 (nothing lies above it).
     """

@@ -1,11 +1,11 @@
 """One training step in closed form: the page to read.
 
 :func:`step_gradients` computes the loss and all gradients of a Matryoshka SAE with a frozen core, working on
-active entries where that is faster; :mod:`reference` has the same in plain autograd, and tests hold one to
-the other. :func:`apply_step` is the Adam step with unit-norm decoder rows.
+active entries where that is faster; ``tests/reference.py`` has the same in plain autograd, and tests hold one
+to the other. :func:`apply_step` is the Adam step with unit-norm decoder rows.
 
-Nothing here waits for the device with ``fixed_shapes``, which CUDA uses. That path is tested on a CPU; it was
-not run on a GPU.
+With ``fixed_shapes``, which CUDA uses, nothing here waits for the device. That path is tested on a CPU; it
+was not run on a GPU.
 """
 
 from dataclasses import dataclass
@@ -44,11 +44,9 @@ def step_gradients(
     bf16: bool = False,
     fixed_shapes: bool = False,
 ) -> StepStats:
-    """Fill ``.grad`` of the SAE's four parameters with the gradient of the objective on the batch ``x`` (B,
-    d_in).
+    """Fill ``.grad`` of the SAE's four parameters with the objective's gradient on the batch ``x`` (B, d_in).
 
-        L = sum_j mean_b ||x - xhat_j||^2  +  aux_alpha * L_aux                                     (method,
-        section 1)
+        L = sum_j mean_b ||x - xhat_j||^2  +  aux_alpha * L_aux                         (method, section 1)
 
     over the nested reconstructions xhat_j, all of which contain b_dec and the whole core. With e_j = xhat_j -
     x, a latent of segment j sees the suffix sum S_j = e_j + e_(j+1) + ..., so each weight takes part in one
@@ -56,15 +54,14 @@ def step_gradients(
     its products are dense.
 
     Args:
-        k, k_min: target total L0 and floor of the free latents' L0 (method, section 2). dead: (d_sae - c,)
-        bool, the dead free latents; AuxK acts on them alone. None: there are none. last_threshold: last
-        step's smallest kept activation, to look at few candidates; changes nothing in the result. bf16:
-        matrix products in bfloat16; everything else, weights and sums over prefixes included, stays float32.
-        fixed_shapes: use shapes that are known beforehand, at the cost of some work; the results are the
+        k, k_min: target total L0 and floor of the free latents' L0 (method, section 2).
+        dead: (d_sae - c,) bool, the dead free latents; AuxK acts on them alone. None: there are none.
+        last_threshold: last step's smallest kept activation, to look at few candidates; changes no result.
+        bf16: matrix products in bfloat16; everything else, weights and sums over prefixes included, in
+        float32. fixed_shapes: shapes that are known beforehand, at the cost of some work; the results are the
         same.
     """
-    batch, c = len(x), sae.n_core
-    bounds = [0, *sae.prefixes]
+    batch, c, bounds = len(x), sae.n_core, [0, *sae.prefixes]
     centred = x - sae.b_dec
     f_core, pre, kept = _select(sae, centred, k, k_min, last_threshold, bf16, fixed_shapes)
     free = entries(kept, batch, bounds, k, bf16)
@@ -89,9 +86,16 @@ def step_gradients(
 
     aux = loss.new_zeros(())
     if dead is not None and k_aux > 0:
-        aux = _add_aux(
-            sae, pre, centred, residual, dead, k_aux, aux_alpha, bf16, fixed_shapes, decoder, rows, biases
-        )
+        which = slice(None) if fixed_shapes else dead.nonzero().squeeze(1)
+        a_dead = (pre[:, which] + sae.b_enc[c:][which]).relu_()
+        if fixed_shapes:
+            a_dead *= dead
+        W_dead, any_dead = sae.W_dec[c:][which], dead.any()
+        gradient, a_dead, aux = _aux_gradient(a_dead, W_dead, residual, k_aux, aux_alpha, any_dead, bf16)
+        grad_dead = where_active(product(gradient, W_dead.T, bf16), a_dead)
+        decoder[which] += product(a_dead.T, gradient, bf16)
+        rows[which] += product(grad_dead.T, centred, bf16)
+        biases[which] += grad_dead.sum(0)
         loss = loss + aux_alpha * aux
 
     sae.free_rows.grad = rows
@@ -99,23 +103,17 @@ def step_gradients(
     sae.b_enc.grad = torch.cat([grad_core.sum(0), biases])
     # b_dec is added to every reconstruction, and subtracted before the encoder
     sae.b_dec.grad = core_suffix.sum(0) - sae.b_enc.grad[:c] @ sae.core_rows - biases @ sae.free_rows
-    l0_core, l0_free = f_core.count_nonzero().double() / batch, kept.value.count_nonzero().double() / batch
-    return StepStats(
-        loss, aux, fvu, l0_core, l0_free, kept.smallest, torch.cat([f_core.amax(0) > 0, free.fired])
-    )
+    l0_core, l0_free = (f.count_nonzero().double() / batch for f in (f_core, kept.value))
+    times = torch.zeros(sae.d_sae - c, dtype=torch.int32, device=x.device)
+    times.index_add_(0, kept.latent, (kept.value > 0).int())
+    fired = torch.cat([f_core.amax(0) > 0, times > 0])
+    return StepStats(loss, aux, fvu, l0_core, l0_free, kept.smallest, fired)
 
 
 def _select(
-    sae: MatryoshkaSAE,
-    centred: Tensor,
-    k: int,
-    k_min: int,
-    last_threshold: float,
-    bf16: bool,
-    fixed_shapes: bool,
+    sae: MatryoshkaSAE, centred: Tensor, k: int, k_min: int, last_threshold: float, bf16: bool, fixed: bool
 ) -> tuple[Tensor, Tensor, Kept]:
-    """The core's activations (B, c), the free latents' products before bias and selection (B, d_sae - c),
-    what is kept.
+    """The core's activations (B, c), the free rows' products with ``centred`` (B, d_sae - c), what is kept.
 
     With ``core_sparsity: relu`` the core is a plain ReLU and the free latents get what it leaves of the
     budget; with ``batchtopk`` all compete in one selection.
@@ -123,7 +121,7 @@ def _select(
     batch, c = len(centred), sae.n_core
 
     def largest(pre: Tensor, bias: Tensor, n: int | Tensor, n_max: int) -> Kept:
-        if fixed_shapes:
+        if fixed:
             return keep_largest_fixed(pre, bias, n, min(n_max, pre.numel()))
         return keep_largest(pre, bias, int(n), last_threshold)
 
@@ -134,51 +132,28 @@ def _select(
         return f_core, pre, largest(pre, sae.b_enc[c:], budget, batch * max(k, k_min))
     pre = product(centred, torch.cat([sae.core_rows, sae.free_rows]).T, bf16)
     row, latent, value, smallest = largest(pre, sae.b_enc, batch * k, batch * k)
-    core_value = value * (
-        latent < c
-    )  # in either part, the other one's entries stay in the list with the value 0
-    f_core = value.new_zeros(batch, c).index_put_((row, latent.clamp(max=c - 1)), core_value, accumulate=True)
+    # In either part, the other one's entries stay in the list with the value 0.
+    core_value, core_latent = value * (latent < c), latent.clamp(max=c - 1)
+    f_core = value.new_zeros(batch, c).index_put_((row, core_latent), core_value, accumulate=True)
     return f_core, pre[:, c:], Kept(row, (latent - c).clamp(min=0), value - core_value, smallest)
 
 
-def _add_aux(
-    sae: MatryoshkaSAE,
-    pre: Tensor,
-    centred: Tensor,
-    residual: Tensor,
-    dead: Tensor,
-    k_aux: int,
-    alpha: float,
-    bf16: bool,
-    fixed_shapes: bool,
-    decoder: Tensor,
-    rows: Tensor,
-    biases: Tensor,
-) -> Tensor:
+def _aux_gradient(
+    a: Tensor, W_dec: Tensor, residual: Tensor, k_aux: int, alpha: float, any_dead: Tensor, bf16: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """AuxK: the ``k_aux`` strongest dead latents of each row reconstruct the detached residual.
 
-    L_aux = mean_b ||r - rhat||^2 / mean_b ||r - mean r||^2, on activations before selection: otherwise dead
-    latents get no gradient (dictionary_learning after 13 Jan 2025). Adds to the free latents' gradients in
-    place; returns L_aux.
+    L_aux = mean_b ||r - rhat||^2 / mean_b ||r - mean r||^2, on activations ``a`` (B, dead) before selection:
+    otherwise dead latents get no gradient (dictionary_learning after 13 Jan 2025). Returns the gradient of
+    alpha L_aux by rhat (B, d_in), the activations that take part (B, dead), and L_aux.
     """
-    c = sae.n_core
-    latents = slice(None) if fixed_shapes else dead.nonzero().squeeze(1)
-    a = (pre[:, latents] + sae.b_enc[c:][latents]).relu_()
-    if fixed_shapes:
-        a *= dead
     if k_aux < a.shape[1]:
         top = a.topk(k_aux, dim=1, sorted=False)
         a = torch.zeros_like(a).scatter_(1, top.indices, top.values)
-    W_dec = sae.W_dec[c:][latents]
     error = product(a, W_dec, bf16) - residual
     variance = _sum_of_squares(residual - residual.mean(0))
-    unit = torch.where((variance > 0) & dead.any(), 1 / variance, 0.0)
-    gradient = error * (2 * alpha * unit).to(error.dtype)
-    grad_a = where_active(product(gradient, W_dec.T, bf16), a)
-    decoder[latents] += product(a.T, gradient, bf16)
-    rows[latents] += product(grad_a.T, centred, bf16)
-    biases[latents] += grad_a.sum(0)
-    return _sum_of_squares(error) * unit
+    unit = torch.where((variance > 0) & any_dead, 1 / variance, 0.0)
+    return error * (2 * alpha * unit).to(error.dtype), a, _sum_of_squares(error) * unit
 
 
 def _sum_of_squares(vectors: Tensor) -> Tensor:
@@ -192,10 +167,10 @@ def apply_step(sae: MatryoshkaSAE, optimizer: torch.optim.Optimizer, grad_clip: 
 
     The gradient part along each decoder row is removed, since the row is scaled back to norm 1 afterwards.
     """
-    grad, W_dec = sae.W_dec.grad, sae.W_dec
+    W_dec, grad, parameters = sae.W_dec, sae.W_dec.grad, list(sae.parameters())
+    assert grad is not None, "step_gradients comes before"
     grad.addcmul_(torch.linalg.vecdot(grad, W_dec)[:, None], W_dec, value=-1)
-    parameters = list(sae.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if norm.is_cuda or norm > grad_clip:  # asking would wait for a GPU; multiplying by 1 changes nothing
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
     optimizer.step()

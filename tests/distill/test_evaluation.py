@@ -270,7 +270,8 @@ def test_metrics_do_not_depend_on_the_batch_size(tiny_llama, split, losses, sae,
 @pytest.mark.parametrize("scale", [0.05, 20.0])
 def test_metrics_do_not_depend_on_the_input_scale(tiny_llama, split, residuals, sae, found, scale):
     """An SAE trained on x / scale, folded, has the FVU and L0 it has on x / scale."""
-    unit = sae.folded(1 / scale)  # the same SAE as if trained on normalised activations
+    unit = MatryoshkaSAE(sae.d_in, D_SAE, PREFIXES, sae.core_rows)  # the same, as if trained on x / scale
+    unit.load_state_dict(sae.folded(1 / scale).state_dict())
     z = residuals / scale
     f = unit.encode(z)
     assert float((f > 0).sum()) / len(z) == pytest.approx(found["L0"]["total"], abs=3 / len(z))

@@ -11,7 +11,7 @@ from dmsae_lib.distill import fit
 from dmsae_lib.distill.fit import Harvest, adopt
 from dmsae_lib.interop import export_dictionary_learning, export_saelens, load_any, load_foreign
 from dmsae_lib.interop.saelens import build
-from dmsae_lib.sae.model import load_sae
+from dmsae_lib.sae.model import load_folded, load_trained
 from dmsae_lib.store.artifacts import UserError
 
 SCALE = 5.0
@@ -45,7 +45,7 @@ def test_an_adopted_cycle_0_is_an_sae_of_ours(harvest, tmp_path, monkeypatch):
     artifact = adopt(
         tmp_path / "cycle_0" / "sae", where, harvest, {"cycle": 0, "core_in": 0}, as_cycle_0=True
     )
-    ours, folded, x = load_sae(artifact, folded=False), load_sae(artifact), residuals(model)
+    ours, folded, x = load_trained(artifact), load_folded(artifact), residuals(model)
     theirs = load_any(SimpleNamespace(files={}, folder=tmp_path / "theirs"), model)
     assert ours.threshold.shape == folded.threshold.shape == (24,) and ours.prefixes == (6, 12, 24)
     torch.testing.assert_close(folded.threshold, torch.linspace(0.1, 1.5, 24).double(), rtol=1e-6, atol=0)

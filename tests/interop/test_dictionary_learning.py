@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_sae import CORE, D_SAE, KINDS, PREFIXES, K, residuals, write_run
 
 from dmsae_lib.interop import export_dictionary_learning, export_saelens, load_foreign
-from dmsae_lib.sae.model import load_sae
+from dmsae_lib.sae.model import load_folded
 from dmsae_lib.store.artifacts import UserError, repository_root
 
 BENCH = repository_root() / ".venv-bench" / "bin" / "python"
@@ -92,7 +92,7 @@ def exported(tiny_llama, tmp_path_factory):
         lines += [f"import os; os.chdir({str(folder)!r})", block, APPLY]
         found[kind] = SimpleNamespace(
             artifact=artifact,
-            ours=load_sae(artifact),
+            ours=load_folded(artifact),
             folder=folder,
             x=x,
             scale=artifact.json("sae.json")["scale"],

@@ -16,7 +16,7 @@ from dmsae_lib.distill.evaluation import evaluate
 from dmsae_lib.interop import export_saelens, load_any, load_foreign, save_foreign
 from dmsae_lib.interop.foreign import Foreign
 from dmsae_lib.interop.saelens import build
-from dmsae_lib.sae.model import MatryoshkaSAE, load_sae
+from dmsae_lib.sae.model import MatryoshkaSAE, load_folded, load_trained
 from dmsae_lib.saebench.core import run_core
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import UserError
@@ -72,7 +72,7 @@ def exported(request, tiny_llama, tmp_path):
     artifact = write_run(tmp_path / "run", tiny_llama, core, sparsity)
     return SimpleNamespace(
         artifact=artifact,
-        ours=load_sae(artifact),
+        ours=load_folded(artifact),
         folder=export_saelens(artifact.folder, tmp_path / "out"),
         scale=artifact.json("sae.json")["scale"],
         core=core,
@@ -93,7 +93,7 @@ def test_exported_sae_computes_the_same_in_sae_lens(exported, tiny_llama):
 
 
 def test_the_normaliser_is_in_biases_and_thresholds_only(exported):
-    theirs, trained = theirs_from(exported.folder), load_sae(exported.artifact, folded=False)
+    theirs, trained = theirs_from(exported.folder), load_trained(exported.artifact)
     assert torch.equal(theirs.W_enc, trained.W_enc) and torch.equal(theirs.W_dec, trained.W_dec)
     for name in ("b_enc", "b_dec"):
         assert torch.equal(getattr(theirs, name), getattr(trained, name) * exported.scale)
@@ -137,7 +137,7 @@ def test_both_decide_alike_at_the_threshold(tiny_llama, tmp_path, sparsity):
     values = torch.tensor(
         [np.nextafter(at, np.float32(0)), at, np.nextafter(at, np.float32(1)), 1e-30, 0.0, -1.0]
     )
-    f = load_sae(ours).encode(values[:, None].expand(-1, 32))
+    f = load_folded(ours).encode(values[:, None].expand(-1, 32))
     assert torch.equal(theirs.encode(values[:, None].expand(-1, 32)), f)
     assert (f[:, 10] > 0).tolist() == [False, False, True, False, False, False]
     exempt = sparsity == "relu"
@@ -155,7 +155,7 @@ def test_stock_sae_bench_gives_the_exported_sae_our_numbers(tiny_llama, tmp_path
     tokens = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(5))
     tokens[:, 0] = tiny_llama.bos
     tokens[2, 7] = tiny_llama.bos
-    ours = run_core(load_sae(artifact), tiny_llama, tokens.numpy())
+    ours = run_core(load_folded(artifact), tiny_llama, tokens.numpy())
     _, theirs, _ = load_and_format_sae(
         "release", theirs_from(export_saelens(artifact, tmp_path / "out")), "cpu"
     )
@@ -188,7 +188,7 @@ def test_a_round_trip_gives_the_same_sae(exported, tiny_llama, random_split):
     foreign, ours, trained = (
         load_foreign(exported.folder, tiny_llama),
         exported.ours,
-        load_sae(exported.artifact, folded=False),
+        load_trained(exported.artifact),
     )
     source = foreign.source(exported.scale)
     assert torch.equal(source.W_enc, trained.W_enc) and torch.equal(source.W_dec, trained.W_dec)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from dmsae_lib.sae.model import MatryoshkaSAE, geometric_median, load_sae, save_sae
+from dmsae_lib.sae.model import MatryoshkaSAE, geometric_median, load_folded, load_trained, save_sae
 from dmsae_lib.store.artifacts import UserError, load, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,7 +178,7 @@ def test_save_and_load_keep_everything_bit_for_bit(tmp_path):
     with write(tmp_path / "sae", "sae") as writer:
         save_sae(writer, sae, scale=2.5)
     artifact = load(tmp_path / "sae", "sae")
-    again = load_sae(artifact, folded=False)
+    again = load_trained(artifact)
     assert again.state_dict().keys() == sae.state_dict().keys()
     for name, value in sae.state_dict().items():
         assert value.dtype == again.state_dict()[name].dtype and torch.equal(
@@ -188,14 +188,14 @@ def test_save_and_load_keep_everything_bit_for_bit(tmp_path):
     assert (again.prefixes, again.core_sparsity, again.n_core) == (sae.prefixes, "batchtopk", CORE)
     x = random(15, D_IN, seed=9)
     assert torch.equal(again.encode(x), sae.encode(x))
-    assert torch.equal(load_sae(artifact).encode(x), sae.folded(2.5).encode(x))
+    assert torch.equal(load_folded(artifact).encode(x), sae.folded(2.5).encode(x))
 
 
 def test_no_core_survives_save_and_load(tmp_path):
     sae = make_sae(core=0)
     with write(tmp_path / "sae", "sae") as writer:
         save_sae(writer, sae, scale=1.0)
-    again = load_sae(load(tmp_path / "sae", "sae"))
+    again = load_folded(load(tmp_path / "sae", "sae"))
     assert again.n_core == 0 and torch.equal(again.W_enc, sae.W_enc)
 
 
