@@ -19,7 +19,7 @@ from dmsae_lib.interop.dictionary_learning import (
 )
 from dmsae_lib.interop.foreign import Foreign
 from dmsae_lib.interop.saelens import export_saelens, load_saelens
-from dmsae_lib.sae.model import MatryoshkaSAE, load_folded
+from dmsae_lib.sae.model import FoldedSAE, load_folded
 from dmsae_lib.store.artifacts import Artifact, Writer
 
 __all__ = [
@@ -50,6 +50,6 @@ def save_foreign(writer: Writer, foreign: Foreign) -> None:
     foreign.sae.save_model(writer.folder)
 
 
-def load_any(artifact: Artifact, model: LanguageModel) -> MatryoshkaSAE | Foreign:
+def load_any(artifact: Artifact, model: LanguageModel) -> FoldedSAE | Foreign:
     """The SAE of an artefact, trained here or elsewhere, for unnormalised activations."""
     return load_folded(artifact) if "sae.json" in artifact.files else load_foreign(artifact.folder, model)

@@ -16,7 +16,7 @@ from dmsae_lib.distill.evaluation import evaluate
 from dmsae_lib.interop import export_saelens, load_any, load_foreign, save_foreign
 from dmsae_lib.interop.foreign import Foreign
 from dmsae_lib.interop.saelens import build
-from dmsae_lib.sae.model import MatryoshkaSAE, load_folded, load_trained
+from dmsae_lib.sae.model import FoldedSAE, MatryoshkaSAE, load_folded, load_trained
 from dmsae_lib.saebench.core import run_core
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import UserError
@@ -333,7 +333,7 @@ def test_an_imported_sae_is_kept_in_an_artefact(trained_there, tiny_llama, tmp_p
     assert again.record == foreign.record | {"where": "sae"}
     assert foreign.record["where"] == "trained" and foreign.record["widths"] == [10, 30, 64]
     ours = write_run(tmp_path / "run", tiny_llama)
-    assert isinstance(load_any(ours, tiny_llama), MatryoshkaSAE)
+    assert isinstance(load_any(ours, tiny_llama), FoldedSAE)
     again.sae.b_enc.data[3] += 1
     assert Foreign(again.sae, "").hash != foreign.hash
 
