@@ -122,8 +122,10 @@ test: $(ENVIRONMENT) .venv-bench/.complete lint ## lint, unit tests, and every n
 test-slow: $(ENVIRONMENT) ## the tests that take minutes
 	$(PY) -m pytest -q -m slow tests
 
-lint: $(ENVIRONMENT) ## check the style of library, tests and notebooks
+lint: $(ENVIRONMENT) ## check rules and format of library, tests and notebooks, and the types of the reader's path
 	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --check . || { echo "error: run '$(PY) -m ruff format .'" >&2; exit 1; }
+	@$(PY) -m mypy --no-error-summary
 
 lock: ## resolve requirements.lock again from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-package torch \
