@@ -82,8 +82,8 @@ DIRECT = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold
 LAYERS = {"W_enc": "encoder.weight", "W_dec": "decoder.weight"}  # of torch: held transposed
 BIASED = LAYERS | {"b_enc": "encoder.bias"}
 GATED = LAYERS | {"b_dec": "decoder_bias", "b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
-# dict_class: SAELens's architecture, whether b_dec is subtracted from the input, and the weights' names here and
-# there (dictionary_learning/dictionary.py and trainers/{top_k,batch_top_k,matryoshka_batch_top_k}.py)
+# dict_class: SAELens's architecture, whether b_dec is subtracted from the input, and the weights' names, here
+# and there (dictionary_learning/dictionary.py and trainers/{top_k,batch_top_k,matryoshka_batch_top_k}.py)
 CLASSES: dict[str, tuple[str, bool, dict[str, str]]] = {
     "AutoEncoder": ("standard", True, BIASED | {"b_dec": "bias"}),
     "AutoEncoderNew": ("standard", False, BIASED | {"b_dec": "decoder.bias"}),

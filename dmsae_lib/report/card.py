@@ -17,7 +17,7 @@ from dmsae_lib.store.artifacts import UserError, load
 
 TEMPLATE = Path(__file__).with_name("templates") / "core_card.md.j2"
 TAGS = ["dmsae-core", "sparse-autoencoder", "matryoshka-sae", "interpretability", "arxiv:2512.24975"]
-MEASURED = {  # column of the card's table: what of a retrained SAE's row, and how it is put together over seeds
+MEASURED = {  # column of the card's table: what of a retrained SAE's row, put together over seeds how
     "seeds": ("seed", "size"),
     "core_L0": ("L0.core", "mean"),
     "total_L0": ("L0.total", "mean"),
@@ -64,8 +64,8 @@ def push_core(
     except Exception as error:  # the Hub client raises a dozen kinds, from DNS to a token that may not write
         said = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
-            f"The Hub did not take the core for {to} ({type(error).__name__}: {said}): check the name and the "
-            "network, and log in (`hf auth login`, or HF_TOKEN) with a token that may write there."
+            f"The Hub did not take the core for {to} ({type(error).__name__}: {said}): check the name and "
+            "the network, and log in (`hf auth login`, or HF_TOKEN) with a token that may write there."
         ) from error
 
 
@@ -84,8 +84,8 @@ def model_card(
     name = core.record["model"]["name"]
     if not licence and name not in {path.parent.name for path in EMBEDDED.glob("*/config.json")}:
         raise UserError(
-            f"Say under which licence the core goes out (LICENCE=mit, LICENCE=gemma ...): {name} has terms of "
-            "its own."
+            f"Say under which licence the core goes out (LICENCE=mit, LICENCE=gemma ...): {name} has terms "
+            "of its own."
         )
     base = name if HUB_ID.fullmatch(name) else None
     metadata = ModelCardData(license=licence or "mit", library_name="dmsae", base_model=base, tags=TAGS)
@@ -105,13 +105,13 @@ def _free_budget(core: PortableCore) -> int:
 
 
 def _measured(core: PortableCore, results: Path) -> dict[str, Any]:
-    """The retrained SAEs without and with the core, means over seeds, and the claims of the core's own run."""
+    """The retrained SAEs without and with the core, means over seeds, and the claims of its own run."""
     summary, distilled = Results(results).summary, core.record["distilled"]
     last, reading = summary["sizes"]["n_cycles"], summary["final_core"]["reading"]
     theirs = load(results, "summary").parents.get(f"cycle_{last}/core"), last, reading
     if theirs != (core.record["parents"]["core"], distilled["cycle"], distilled["reading"]):
         raise UserError(
-            f"The SAEs in {results} were not trained with this core: give the results of its own run, or none."
+            f"The SAEs in {results} were not trained with this core: give its own run's results, or none."
         )
     rows = pd.json_normalize(summary["retrain"]).query("chain == 'main' and arm in ('none', 'distilled')")
     means = rows.groupby(["k", "arm"], sort=False).agg(**MEASURED).reset_index()
