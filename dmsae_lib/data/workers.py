@@ -18,44 +18,35 @@ from dmsae_lib.store.artifacts import UserError
 from dmsae_lib.store.process import prepare
 
 Key = TypeVar("Key")
+Work = Callable[[LanguageModel, Any], Any]
 _model: LanguageModel  # of a worker
 
 
 class Workers:
-    """``n`` processes that hold ``model``, started at the first call; none, but this process, if n is 1 or on
-    a GPU."""
+    """``n`` processes that hold ``model``, started at the first call; this process alone if n is 1 or on a GPU."""
 
     def __init__(self, model: LanguageModel, n: int = 1):
         self.model, self.n = model, n if model.device == "cpu" else 1
         self._pool: ProcessPoolExecutor | None = None
 
-    def run(
-        self, work: Callable[[LanguageModel, Any], Any], items: Mapping[Key, Any]
-    ) -> Iterator[tuple[Key, Any]]:
-        """``(key, work(model, item))`` of all items, each as soon as it is there; an exception of one ends
-        it.
+    def run(self, work: Work, items: Mapping[Key, Any]) -> Iterator[tuple[Key, Any]]:
+        """``(key, work(model, item))`` of all items, each as soon as it is there; an exception of one ends it.
 
-        ``work`` is a module's function, or a ``functools.partial`` of one. Raises UserError where a worker
-        was killed.
+        ``work``: a module's function, or a ``functools.partial`` of one. UserError where a worker was killed.
         """
         if self.n == 1:
-            for key, item in items.items():
-                yield key, work(self.model, item)
+            yield from ((key, work(self.model, item)) for key, item in items.items())
             return
-        if (
-            self._pool is None
-        ):  # spawned, not forked: a notebook's process has threads, and torch has some of its own
-            self._pool = ProcessPoolExecutor(
-                self.n, get_context("spawn"), _start, (self.model.config, self.model.device)
-            )
+        if not self._pool:  # spawned, not forked: a notebook's process has threads, and so has torch
+            start = (self.model.config, self.model.device)
+            self._pool = ProcessPoolExecutor(self.n, get_context("spawn"), _start, start)
         futures = {self._pool.submit(_call, work, item): key for key, item in items.items()}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"One of {self.n} worker processes was killed, most likely for want of memory: lower "
-                "threads, "
+                f"One of {self.n} worker processes was killed, most likely for want of memory: lower threads, "
                 "which is their number, and run the same command again."
             ) from error
         finally:
@@ -77,13 +68,11 @@ def _start(config: ModelConfig, device: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed asks nobody to stop: without this, its workers would wait for work for
-    ever."""
-    parent = parent_process()
-    if parent:
+    """A parent that was killed asks nobody to stop: its workers would wait for work for ever."""
+    if parent := parent_process():
         parent.join()
         os._exit(1)
 
 
-def _call(work: Callable[[LanguageModel, Any], Any], item: Any) -> Any:
+def _call(work: Work, item: Any) -> Any:
     return work(_model, item)

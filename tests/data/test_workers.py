@@ -18,7 +18,7 @@ from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.data.workers import Workers
 from dmsae_lib.store.artifacts import UserError
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 
 
 def load_model(folder: Path) -> LanguageModel:
@@ -99,7 +99,7 @@ def test_workers_do_not_outlive_a_killed_parent(folder, tmp_path):
     script, files = tmp_path / "parent.py", [tmp_path / "first", tmp_path / "second"]
     script.write_text(PARENT)
     parent = subprocess.Popen(
-        [sys.executable, script, folder, *files], env=os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent}"}
+        [sys.executable, script, folder, *files], env=os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent}:{HERE.parents[1]}"}
     )
     try:
         deadline = time.monotonic() + 120
