@@ -90,8 +90,8 @@ def compare(run: Run, strict: bool = False) -> int:
         print(f"Not compared, because `make saebench` ran for one of the two alone: {', '.join(unasked)}.")
     within = found["numbers"] - found["identical"] - found["beyond"]
     print(
-        f"{found['numbers']} numbers against {where}: {found['identical']} identical, {within} within what two "
-        f"seeds differ by, {found['beyond']} beyond it ({found['expected']:.0f} are expected by chance)."
+        f"{found['numbers']} numbers against {where}: {found['identical']} identical, {within} within what "
+        f"two seeds differ by, {found['beyond']} beyond it ({found['expected']:.0f} are expected by chance)."
     )
     changed = [f"{name} {after}, published: {before}" for name, (before, after) in found["verdicts"].items()]
     print(f"Verdicts: {'; '.join(changed) or 'all as published'}.")
@@ -99,9 +99,9 @@ def compare(run: Run, strict: bool = False) -> int:
         print("The published run has other settings: differences are expected.")
     elif found["disagrees"]:
         print(
-            f"THIS RUN DISAGREES WITH THE PUBLISHED ONE; runs/{run.name} is kept as it is. `make status` shows "
-            "whether today's code made all of it, its summary/provenance.json which versions; if both are in "
-            "order, please report that file and the table above."
+            f"THIS RUN DISAGREES WITH THE PUBLISHED ONE; runs/{run.name} is kept as it is. `make status` "
+            "tells whether today's code made all of it, its summary/provenance.json which versions; if both "
+            "are in order, please report that file and the table above."
         )
     return 1 if strict and any(row["published"] != row["fresh"] for row in rows) else 0
 

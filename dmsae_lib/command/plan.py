@@ -38,7 +38,7 @@ RULE = """
 {name}: {target}
 .PRECIOUS: {target}
 {target}: {needed}
-\t@$(PY) -m dmsae_lib.command.run_notebook {source} {folder}/notebooks/{name}.ipynb --makes {target} {given} $(NBFLAGS)
+\t@$(PY) -m dmsae_lib.command.run_notebook {source} {executed} --makes {target} {given} $(NBFLAGS)
 """
 
 
@@ -112,7 +112,7 @@ def makefile(run: Run, config: str) -> str:
             target=_manifest(run, stage.artefact),
             needed=" ".join(needed),
             source=f"notebooks/{stage.notebook}.ipynb",
-            folder=folder,
+            executed=f"{folder}/notebooks/{stage.name}.ipynb",
             given=" ".join(f"-p {name} {value}" for name, value in given.items()),
         )
     return text

@@ -1,7 +1,6 @@
 """Execute one notebook with parameters: papermill, made strict.
 
-``python -m dmsae_lib.command.run_notebook notebooks/02_train_cycle.ipynb out.ipynb -p config smoke -p cycle
-1``
+``python -m dmsae_lib.command.run_notebook notebooks/01_harvest.ipynb out.ipynb -p config smoke``
 
 Unlike plain papermill, it refuses a parameter that the notebook does not have or that is of another type,
 keeps the executed copy only if every cell passed (a failed one is kept as ``out.failed.ipynb``), leaves times
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from dmsae_lib.store.artifacts import ArtifactError, UserError, explain_os_errors, repository_root, write_json
 from dmsae_lib.store.atomic import write_text
@@ -30,28 +30,25 @@ import nbformat  # noqa: E402
 START_TIMEOUT = 120  # seconds until the kernel answers
 CELL_TIMEOUT = 24 * 3600  # seconds for one cell: a guard against a hanging kernel, not a budget
 HEADLINE = 110  # characters of it that are shown
-OUT_OF_MEMORY = re.compile(
-    r"MemoryError|OutOfMemoryError|can't allocate memory|Cannot allocate memory|bad_alloc"
-)
-LOWER = {
+OUT_OF_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|[Cc]an(no|')t allocate memory|bad_alloc")
+LOWER = dict.fromkeys(("02", "05", "09"), "training.batch_size or sae.d_sae") | {
     "01": "model.batch_rows, or set data.store to stream",
-    "02": "training.batch_size or sae.d_sae",
     "03": "model.batch_rows",
-    "05": "training.batch_size or sae.d_sae",
     "06": "threads or saebench.core_rows",
-    "09": "training.batch_size or sae.d_sae",
 }  # what takes the memory, by notebook
 
 
 def parameters_of(notebook: Any, name: str) -> dict[str, Any]:
-    """{parameter: default} of the one cell tagged ``parameters``, which holds nothing but ``name = literal``
-    lines."""
+    """{parameter: default} of the one cell tagged ``parameters``, which holds ``name = literal`` lines alone.
+
+    papermill's own inspection would pass over whatever else is there.
+    """
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise UserError(f"{name} has {len(cells)} cells tagged 'parameters': it must have exactly one.")
     found = {}
-    for node in ast.parse(cells[0].source).body:
-        match node:
+    for line in ast.parse(cells[0].source).body:
+        match line:
             case ast.Assign(targets=[ast.Name(id=key)], value=value):
                 found[key] = ast.literal_eval(value)
             case _:
@@ -68,22 +65,15 @@ def check_parameters(given: dict[str, str], known: dict[str, Any], name: str) ->
         kind = type(known[key])
         try:
             value = text if kind is str else yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = None
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise UserError(
-                f"{name}: the parameter {key} is {text!r}, but must be of type {kind.__name__}, "
-                f"like its default {known[key]!r}."
-            )
-        checked[key] = value
+            checked[key] = TypeAdapter(kind).validate_python(value, strict=True)
+        except (yaml.YAMLError, ValidationError) as error:
+            must = f"must be of type {kind.__name__}, like its default {known[key]!r}"
+            raise UserError(f"{name}: the parameter {key} is {text!r}, but {must}.") from error
     return checked
 
 
 def clean(notebook: Any, root: Path) -> None:
-    """Take out what differs from run to run and machine to machine: times, papermill's records, absolute
-    paths."""
+    """Take out what differs by run and by machine: times, papermill's records, absolute paths."""
     places = {f"{root}/": "", f"{sys.prefix}/": "<environment>/"}
     if Path.home() != Path("/"):
         places[f"{Path.home()}/"] = "~/"
@@ -94,22 +84,17 @@ def clean(notebook: Any, root: Path) -> None:
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.id = "injected-parameters"  # papermill draws a new one each time
         for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            for holder, key in [
-                (output, "text"),
-                *((data, kind) for kind in data if kind.startswith("text/")),
-            ]:
-                for path, name in places.items() if key in holder else ():
-                    holder[key] = holder[key].replace(path, name)
+            for holder in (output, output.get("data", {})):
+                for key in [key for key in holder if key == "text" or key.startswith("text/")]:
+                    for path, name in places.items():
+                        holder[key] = holder[key].replace(path, name)
 
 
 def headline(notebook: Any) -> str:
     """The last line that the notebook printed."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    printed = [
-        output.text.rstrip() for output in outputs if output.get("name") == "stdout" and output.text.strip()
-    ]
-    return printed[-1].splitlines()[-1][:HEADLINE] if printed else ""
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout").split("\n")
+    return next((line[:HEADLINE] for line in reversed(printed) if line.strip()), "")
 
 
 def _explain(error: Exception, notebook: str, stage: str, failed: Path) -> str:
@@ -155,8 +140,7 @@ def run_notebook(
     from jupyter_client.kernelspec import KernelSpec
 
     class ThisPython(AsyncKernelManager):
-        """The kernel of this environment, whichever others the user has installed under the name of
-        python3."""
+        """The kernel of this environment, whatever else is installed under the name of python3."""
 
         kernel_spec = KernelSpec(**get_kernel_dict())
 
@@ -207,14 +191,13 @@ def run_notebook(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Execute a notebook with parameters.")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("name", "value"), help="a parameter"
-    )
-    parser.add_argument("--makes", type=Path, help="the file that the notebook must leave behind")
-    parser.add_argument("--timeout", type=int, default=CELL_TIMEOUT, help="seconds for one cell")
-    parser.add_argument("--verbose", action="store_true", help="show the notebook's output as it comes")
+    add = parser.add_argument
+    add("source", type=Path)
+    add("output", type=Path)
+    add("-p", nargs=2, action="append", default=[], metavar=("name", "value"), help="a parameter")
+    add("--makes", type=Path, help="the file that the notebook must leave behind")
+    add("--timeout", type=int, default=CELL_TIMEOUT, help="seconds for one cell")
+    add("--verbose", action="store_true", help="show the notebook's output as it comes")
     options = parser.parse_args()
     started = time.perf_counter()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)

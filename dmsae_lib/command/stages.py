@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from dmsae_lib.config import RunConfig
+from dmsae_lib.config.fields import EMBEDDED
 from dmsae_lib.config.run import STEP, Run
-from dmsae_lib.config.sections import EMBEDDED, TrainingConfig
+from dmsae_lib.config.sections import TrainingConfig
 
 COMPUTING = ("threads", "device")
 SELECTION = ("distill.coverage", "distill.aggregator", "distill.quantile")

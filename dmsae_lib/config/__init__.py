@@ -8,14 +8,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from dmsae_lib.config.fields import EachOnce, Positive
 from dmsae_lib.config.sections import (
-    ARMS,
+    Chain,
     CoreSettings,
     DataConfig,
     DistillConfig,
-    EachOnce,
     ModelConfig,
-    Positive,
     RetrainConfig,
     SaebenchConfig,
     SAEConfig,
@@ -43,68 +42,35 @@ class RunConfig(Section):
     learning_rate_sweep: EachOnce[Annotated[float, Field(gt=0)]] = []
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> "RunConfig":
-        prefixes, d_sae = self.sae.prefixes, self.sae.d_sae
-        if not prefixes or any(b <= a for a, b in zip(prefixes, prefixes[1:])):
-            raise ValueError(f"sae.prefixes is {prefixes}: the sizes must be given and increase")
-        theirs = self.distill.from_prefixes or []
-        if any(b <= a for a, b in zip(theirs, theirs[1:])):
-            raise ValueError(f"distill.from_prefixes is {theirs}: the sizes must increase")
-        if prefixes[-1] >= d_sae:
-            raise ValueError(f"sae.prefixes ends at {prefixes[-1]}: it must stay below sae.d_sae = {d_sae}")
-        for setting, k in [("training.k", self.training.k), *(("retrain.ks", k) for k in self.retrain.ks)]:
-            if k > d_sae:
-                raise ValueError(f"{setting} is {k}: it cannot be above the width, sae.d_sae = {d_sae}")
-        if self.training.batch_size > self.data.train_tokens:
+    def _sections_fit(self) -> "RunConfig":
+        """What concerns more than one section; each section checks itself."""
+        model, data, training, d_sae = self.model, self.data, self.training, self.sae.d_sae
+        for setting, ks in (("training.k", [training.k]), ("retrain.ks", self.retrain.ks)):
+            if max(ks) > d_sae:
+                raise ValueError(f"{setting} is {max(ks)}: it cannot be above the width, sae.d_sae = {d_sae}")
+        batch = f"training.batch_size = {training.batch_size}"
+        if training.batch_size > data.train_tokens:
+            raise ValueError(f"data.train_tokens is {data.train_tokens}: one batch needs {batch}")
+        if data.store == "stream" and data.buffer_rows * model.context_size < 2 * training.batch_size:
+            has = f"data.buffer_rows is {data.buffer_rows}, with model.context_size = {model.context_size}"
+            raise ValueError(f"{has}: it must hold two batches, {batch}")
+        if extra := [k for k in self.control_ks if k not in self.retrain.ks]:
+            setting = "training.k" if self.retrain.controls_at is None else "retrain.controls_at"
+            known = f"retrain.ks = {self.retrain.ks}"
             raise ValueError(
-                f"data.train_tokens is {self.data.train_tokens}: one batch needs "
-                f"training.batch_size = {self.training.batch_size}"
+                f"{setting} is {extra[0]}, where retrain.controls are trained: add it to {known}"
             )
-        buffer = self.data.buffer_rows * self.model.context_size
-        if self.data.store == "stream" and buffer < 2 * self.training.batch_size:
-            raise ValueError(
-                f"data.buffer_rows is {self.data.buffer_rows}: with model.context_size = "
-                f"{self.model.context_size} it must hold two batches of {self.training.batch_size} tokens"
-            )
-        retrain = self.retrain
-        if not retrain.ks or not retrain.seeds or not retrain.arms:
-            raise ValueError("retrain.ks, retrain.seeds and retrain.arms need one entry at least")
-        if twice := set(retrain.arms) & set(retrain.controls):
-            raise ValueError(
-                f"retrain.controls names {sorted(twice)}: retrain.arms has it already, with every seed"
-            )
-        if wrong := set(retrain.imported) & set(ARMS):
-            raise ValueError(
-                f"retrain.imported names {sorted(wrong)[0]}, which is an arm of our own: choose another name"
-            )
-        for arm, n in retrain.controls.items():
-            if n > len(retrain.seeds):
-                raise ValueError(
-                    f"retrain.controls asks for {n} seeds of {arm}: retrain.seeds = {retrain.seeds} has fewer"
-                )
-        if extra := set(self.control_ks) - set(retrain.ks):
-            setting = "training.k" if retrain.controls_at is None else "retrain.controls_at"
-            raise ValueError(
-                f"{setting} is {sorted(extra)[0]}, where retrain.controls are trained: add it to retrain.ks "
-                f"= {retrain.ks}"
-            )
-        longer = {
-            *retrain.arms,
-            *retrain.controls,
-            *(arm for chain in self.distill.chains for arm in chain.retrain),
-        }
-        if "longer_fresh" in longer and self.data.fresh_factor < self.distill.cycles + 1:
-            raise ValueError(
-                f"data.fresh_factor is {self.data.fresh_factor}: the arm longer_fresh needs "
-                f"distill.cycles + 1 = {self.distill.cycles + 1}"
-            )
-        names = [chain.name for chain in self.distill.chains]
-        if len(set(names)) < len(names) or "main" in names:
-            raise ValueError(f"distill.chains is {names}: names must differ from each other and from 'main'")
-        settings = [
-            (one.seed, *one.training.core_settings().values())
-            for one in map(self.for_chain, ["main", *names])
-        ]
+        needed = self.distill.cycles + 1
+        arms = {*self.retrain.arms, *self.retrain.controls}.union(*(c.retrain for c in self.distill.chains))
+        if "longer_fresh" in arms and data.fresh_factor < needed:
+            needs = f"the arm longer_fresh needs distill.cycles + 1 = {needed}"
+            raise ValueError(f"data.fresh_factor is {data.fresh_factor}: {needs}")
+        return self
+
+    @model_validator(mode="after")
+    def _chains_differ(self) -> "RunConfig":
+        chains = map(self.for_chain, self.chains)
+        settings = [(chain.seed, *chain.training.core_settings().values()) for chain in chains]
         if len(set(settings)) < len(settings):
             raise ValueError(
                 "distill.chains repeats a chain: two of them, or one and the main chain, have the same seed "
@@ -122,20 +88,23 @@ class RunConfig(Section):
         """Optimiser steps of one SAE; ``factor`` for the longer-trained baselines."""
         return factor * self.data.train_tokens // self.training.batch_size
 
+    def _chain(self, name: str) -> Chain:
+        for chain in self.distill.chains:
+            if chain.name == name:
+                return chain
+        known = ", ".join(self.chains)
+        raise UserError(f"There is no chain {name!r} in config {self.name}: use one of {known}.")
+
     def for_chain(self, chain: str) -> "RunConfig":
         """This configuration with the seed and core settings of the named distillation chain."""
         if chain == "main":
             return self
-        found = [c for c in self.distill.chains if c.name == chain]
-        if not found:
-            raise UserError(
-                f"There is no chain {chain!r} in config {self.name}: use one of {', '.join(self.chains)}."
-            )
-        own = found[0].model_dump(include=set(CoreSettings.model_fields), exclude_none=True)
+        found = self._chain(chain)
+        own = found.model_dump(include=set(CoreSettings.model_fields), exclude_none=True)
         training, distill = self.training.model_copy(update=own), self.distill
         if training != self.training:  # not among the chains that C2 is judged by, so it needs no null
             distill = distill.model_copy(update={"placebos": []})
-        return self.model_copy(update={"seed": found[0].seed, "training": training, "distill": distill})
+        return self.model_copy(update={"seed": found.seed, "training": training, "distill": distill})
 
     def trains(self, chain: str, cycle: int) -> str:
         """The chain in whose folder a cycle lies: cycle 0 has no core, so chains of one seed share it."""
@@ -161,15 +130,12 @@ class RunConfig(Section):
 
     def retrain_arms(self, k: int, chain: str = "main") -> list[tuple[str, int]]:
         """(arm, seed) of every SAE trained at ``k`` with the cores of a chain."""
-        if chain != "main":
-            found = next(c for c in self.distill.chains if c.name == chain)
-            return [(arm, seed) for arm in found.retrain for seed in self.retrain.seeds]
-        arms = [(arm, seed) for arm in self.retrain.arms for seed in self.retrain.seeds]
-        if k in self.control_ks:
-            arms += [
-                (arm, seed) for arm, n in self.retrain.controls.items() for seed in self.retrain.seeds[:n]
-            ]
-        return arms
+        own, seeds = self.retrain, self.retrain.seeds
+        arms = own.arms if chain == "main" else self._chain(chain).retrain
+        draws = own.controls if chain == "main" and k in self.control_ks else {}
+        return [(arm, seed) for arm in arms for seed in seeds] + [
+            (arm, seed) for arm, n in draws.items() for seed in seeds[:n]
+        ]
 
     @property
     def imported(self) -> list[tuple[int, str, int]]:
@@ -182,18 +148,15 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a YAML file, named by its path or as ``name`` of configs/<name>.yaml, and apply
-    ``section.key=value`` overrides.
+    """Read a YAML file, by its path or as the ``name`` of configs/<name>.yaml, and apply the overrides.
 
-    Paths in it are relative to the repository's root, or to its own folder where it lies outside the
-    repository. Raises UserError, one sentence, for a missing file, broken YAML, unknown keys and impossible
-    values.
+    Paths in it are relative to the repository's root, or to its own folder where it lies outside. Raises
+    UserError, one sentence, for a missing file, broken YAML, unknown keys and impossible values.
     """
     if not isinstance(path, Path):
         expect(str, config=path)
     expect(list, overrides=overrides)
     root = artifacts.repository_root()
-    # wherever a notebook runs
     named = [root / "configs" / f"{path}.yaml", Path(path), root / path, root / "configs" / path]
     found = next((place for place in named if place.is_file()), None)
     if found is None:
@@ -201,9 +164,5 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(f"There is no configuration {path}: use one of {names}, or the path of a YAML file.")
     folder = found.parent.resolve()
     inside = folder.is_relative_to(root)
-    return validated(
-        RunConfig,
-        read_tree(found, overrides),
-        found.name,
-        {"base": root if inside else folder, "inside": inside},
-    )
+    context = {"base": root if inside else folder, "inside": inside}
+    return validated(RunConfig, read_tree(found, overrides), found.name, context)

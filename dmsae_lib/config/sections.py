@@ -4,22 +4,12 @@ Every default that the paper does not fix is one of our decisions; ``configs/gem
 source of each value.
 """
 
-import os
-from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-EMBEDDED = Path(__file__).parents[1] / "embedded"  # language models that come with the package, a folder each
+from dmsae_lib.config.fields import EachOnce, Fraction, Local, Name, OneAtLeast, Positive, Sizes, one_of
 
 # The open lists: what a configuration may name. Each name is bound to its function in the room that has it
 # (distill, saebench), which refuses a name that is not here; so nothing of torch is needed to check a file.
@@ -39,17 +29,8 @@ ARMS = {  # each arm and its family
     "longer_repeated": "longer",
     "longer_fresh": "longer",
 }
-EVALS = [
-    "core",
-    "sparse_probing",
-    "absorption",
-    "tpp",
-    "scr",
-    "meta_structure",
-    "core_hub",
-    "sparse_probing_hub",
-]
-EVALS += ["tpp_hub", "scr_hub", "ravel", "autointerp", "unlearning", "mdl"]
+EVALS = ["core", "sparse_probing", "absorption", "tpp", "scr", "meta_structure"]
+EVALS += ["core_hub", "sparse_probing_hub", "tpp_hub", "scr_hub", "ravel", "autointerp", "unlearning", "mdl"]
 
 
 class Family(Sequence[str]):
@@ -72,67 +53,12 @@ OF_LATENTS, NEW_ROWS, UNFROZEN, LONGER = map(Family, ("of latents", "new rows", 
 CONTROLS = Family("of latents", "new rows")
 
 
-def one_of(names: Collection[str]) -> AfterValidator:
-    """Accepts what is in the open list ``names`` at the time."""
-
-    def known(name: str) -> str:
-        if name not in names:
-            raise ValueError(f"is {name!r}, but must be one of {', '.join(names)}")
-        return name
-
-    return AfterValidator(known)
-
-
 Aggregator = Annotated[str, one_of(AGGREGATORS)]
 Arm = Annotated[str, one_of(ARMS)]
 Placebo = Annotated[str, one_of(NEW_ROWS)]
 CoreSparsity = Literal["relu", "batchtopk"]
 CoreBias = Literal["zero", "match_frequency"]
 CoreDecoder = Literal["random", "encoder"]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-Item = TypeVar("Item")
-
-
-def _each_once(values: list) -> list:
-    if twice := [value for n, value in enumerate(values) if value in values[:n]]:
-        raise ValueError(f"names {twice[0]} twice: it stands for a set, so name each once")
-    return values
-
-
-class _Place(str):
-    """The full path of something local, which knows how the configuration wrote it."""
-
-    written: str
-
-
-def _place(value: str, info: ValidationInfo) -> str:
-    """What ``value`` names below the context's ``base``; untouched where nothing lies there, as with the
-    Hub's names."""
-    base = (info.context or {}).get("base")
-    if base is None or value in ("", "embedded") or (EMBEDDED / value / "config.json").is_file():
-        return value
-    place = _Place(os.path.normpath(os.path.join(base, os.path.expanduser(value))))
-    if not os.path.exists(place):
-        if os.path.exists(value):
-            raise ValueError(
-                f"is {value}: paths are relative to {base}, where there is no such thing; write its full path"
-            )
-        return value
-    place.written = (
-        value if info.context["inside"] else str(place)
-    )  # a copy of the YAML in the run's folder means the same
-    return place
-
-
-def _written(place: str) -> str:
-    return getattr(place, "written", place)
-
-
-EachOnce = Annotated[list[Item], AfterValidator(_each_once)]
-# a path, or the name of something elsewhere
-Local = Annotated[str, AfterValidator(_place), PlainSerializer(_written)]
 
 
 class Section(BaseModel):
@@ -172,7 +98,15 @@ class DataConfig(Section):
 
 class SAEConfig(Section):
     d_sae: Positive  # the core included
-    prefixes: list[Positive]  # cumulative free sizes; the last one, d_sae - core, is implied
+    # cumulative sizes of the free latents; the last one, d_sae - core, is implied
+    prefixes: Annotated[Sizes, Field(min_length=1)]
+
+    @field_validator("prefixes")
+    @classmethod
+    def _below_the_width(cls, prefixes: list[int], info: ValidationInfo) -> list[int]:
+        if prefixes[-1] >= (d_sae := info.data.get("d_sae", prefixes[-1] + 1)):
+            raise ValueError(f"ends at {prefixes[-1]}: it must stay below sae.d_sae = {d_sae}")
+        return prefixes
 
 
 class CoreSettings(Section):
@@ -215,9 +149,8 @@ class Chain(Section):
     core_sparsity: CoreSparsity | None = None  # None: as in training, like the two that follow
     core_bias_init: CoreBias | None = None
     core_decoder_init: CoreDecoder | None = None
-    retrain: EachOnce[
-        Arm
-    ] = []  # trained with this chain's own core at every k of retrain.ks with every seed of retrain.seeds
+    # trained with this chain's own core at every k of retrain.ks with every seed of retrain.seeds
+    retrain: EachOnce[Arm] = []
 
 
 class DistillConfig(Section):
@@ -227,23 +160,49 @@ class DistillConfig(Section):
     quantile: Fraction = 0.99
     final_core: Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"] = "last_two"
     chains: list[Chain] = []
-    placebos: EachOnce[
-        Placebo
-    ] = []  # chains of as many frozen rows of this kind beside the core's: the null of C2
+    # chains of as many frozen rows of this kind beside the core's: the null of C2
+    placebos: EachOnce[Placebo] = []
     # trained elsewhere, in place of cycle 0: a folder, or release:sae_id of SAELens
     from_sae: Local | None = None
     # its nested sizes without the last, where its files do not say; []: not nested
-    from_prefixes: list[Positive] | None = None
+    from_prefixes: Sizes | None = None
+
+    @field_validator("chains")
+    @classmethod
+    def _names_differ(cls, chains: list[Chain]) -> list[Chain]:
+        names = [chain.name for chain in chains]
+        if len({"main", *names}) <= len(names):
+            raise ValueError(f"is {names}: names must differ from each other and from 'main'")
+        return chains
 
 
 class RetrainConfig(Section):
-    ks: EachOnce[Positive]
-    seeds: EachOnce[int] = [0, 1, 2]
-    arms: EachOnce[Arm] = ["none", "distilled"]  # trained at every k with every seed
+    ks: OneAtLeast[Positive]
+    seeds: OneAtLeast[int] = [0, 1, 2]
+    arms: OneAtLeast[Arm] = ["none", "distilled"]  # trained at every k with every seed
     controls: dict[Arm, Positive] = {}  # number of seeds (draws) of each control arm
     controls_at: EachOnce[Positive] | None = None  # None: at training.k only
     # trained elsewhere, to compare with: a folder, or release:sae_id of SAELens
     imported: dict[Name, Local] = {}
+
+    @field_validator("controls")
+    @classmethod
+    def _beside_the_arms(cls, controls: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        arms, seeds = info.data.get("arms", []), info.data.get("seeds")
+        for arm, n in controls.items():
+            if arm in arms:
+                raise ValueError(f"names {arm}: retrain.arms has it already, with every seed")
+            if seeds and n > len(seeds):
+                raise ValueError(f"asks for {n} seeds of {arm}: retrain.seeds = {seeds} has fewer")
+        return controls
+
+    @field_validator("imported")
+    @classmethod
+    def _under_names_of_their_own(cls, imported: dict[str, str]) -> dict[str, str]:
+        for name in imported:
+            if name in ARMS:
+                raise ValueError(f"names {name}, which is an arm of our own: choose another name")
+        return imported
 
 
 class SuiteConfig(Section):
@@ -255,17 +214,14 @@ class SuiteConfig(Section):
     arms: EachOnce[Arm] = ["none", "distilled"]
     ks: EachOnce[Positive] | None = None  # None: retrain.ks
     seeds: EachOnce[int] | None = None  # training seeds; None: retrain.seeds
-    # Draws of texts, splits and probes: all of them on the first training seed, the first alone on the
-    # others.
-    eval_seeds: EachOnce[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    # draws of texts, splits and probes: all on the first training seed, the first alone on the others
+    eval_seeds: OneAtLeast[Annotated[int, Field(ge=0)]] = [0, 1, 2]
     data: Local | None = None  # a folder with sae_bench's own data sets, looked into before the Hub is asked
-    judge: str = "gpt-4o-mini"  # autointerp: the model that explains and judges (sae_bench's own choice),
-    # its OpenAI-compatible endpoint (the key is in OPENAI_API_KEY alone),
-    judge_url: str = "https://api.openai.com/v1"
-    judge_latents: Positive = 100  # and how many latents it is asked about; sae_bench takes 1000
-    unlearning_corpus: Local | None = (
-        None  # the folder of WMDP's bio-forget-corpus.jsonl, which is handed out on request
-    )
+    judge: str = "gpt-4o-mini"  # autointerp: the model that explains and judges (sae_bench's own choice)
+    judge_url: str = "https://api.openai.com/v1"  # OpenAI-compatible; the key is in OPENAI_API_KEY alone
+    judge_latents: Positive = 100  # how many latents it is asked about; sae_bench takes 1000
+    # the folder of WMDP's bio-forget-corpus.jsonl, which is handed out on request
+    unlearning_corpus: Local | None = None
 
 
 class SaebenchConfig(Section):
@@ -273,7 +229,7 @@ class SaebenchConfig(Section):
     probing_sets: EachOnce[str] | None = None  # None: the fixed list of dmsae_lib.data.corpus; [] : none
     # accuracy: sets that a probe on all channels misses are dropped
     dense_at_least: float = Field(0.6, ge=0, le=1)
-    probing_ks: EachOnce[Positive] = Field([1, 5], min_length=1)
+    probing_ks: OneAtLeast[Positive] = [1, 5]
     core_rows: Positive = 64
     seed: int = 0
     suite: SuiteConfig = SuiteConfig()

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmsae_lib.config.sections import EMBEDDED, ModelConfig
+from dmsae_lib.config.fields import EMBEDDED
+from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.model_checks import REMEDY, architectures, check, computed, no_processes, probe
 from dmsae_lib.store.artifacts import UserError, sha256_file

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from dmsae_lib.config.sections import EMBEDDED
+from dmsae_lib.config.fields import EMBEDDED
 from dmsae_lib.distill.core_format import FILES, HUB_ID, PortableCore, load_core, names_folder, write_files
 from dmsae_lib.report.results import Results
 from dmsae_lib.store.artifacts import UserError, load

@@ -84,8 +84,8 @@ CONFIG = {
         ["retrain.controls_at is 40", "retrain.ks"],
     ),
     "more draws than seeds": (["retrain.controls={random: 2}"], ["2 seeds of random", "retrain.seeds = [0]"]),
-    "an arm twice": (["retrain.controls={none: 1}"], ["retrain.controls names ['none']", "retrain.arms"]),
-    "no seeds": (["retrain.seeds=[]"], ["retrain.seeds", "one entry at least"]),
+    "an arm twice": (["retrain.controls={none: 1}"], ["retrain.controls names none", "retrain.arms"]),
+    "no seeds": (["retrain.seeds=[]"], ["retrain.seeds is []", "at least 1 item"]),
     "too little text for fresh tokens": (
         ["data.fresh_factor=2"],
         ["data.fresh_factor is 2", "distill.cycles + 1 = 3"],
