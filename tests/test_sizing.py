@@ -22,7 +22,7 @@ from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.corpus import tokenise
 from dmsae_lib.data.language_model import LanguageModel, next_token_loss
 from dmsae_lib.distill.attribution import attribute
-from dmsae_lib.figures.sizing import sizing
+from dmsae_lib.figures import FIGURES
 from dmsae_lib.report.results import Results
 from dmsae_lib.sae.model import MatryoshkaSAE, save_sae
 from dmsae_lib.sae.training import Trainer
@@ -362,6 +362,7 @@ def test_the_figure_is_drawn_for_the_summary_that_it_was_made_from(results):
         "stages": stages,
         "prediction": {"config": "large", "saes": 26, "machines": machines},
     }
+    sizing = FIGURES["10_sizing"]
     assert sizing(results) is None
     artifacts.write_json(results.folder / "sizing.json", record)
     assert sizing(results) is None

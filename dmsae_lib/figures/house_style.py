@@ -9,41 +9,24 @@ import matplotlib
 DPI = 200
 INK, MUTED = "#222222", "#5f5f5f"
 SMALL = 7  # points; nothing is smaller
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": SMALL,
-    "ytick.labelsize": SMALL,
-    "legend.fontsize": SMALL,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.titlelocation": "left",
-    "lines.linewidth": 1.3,
-    "lines.markersize": 5.5,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "figure.facecolor": "white",
-    "savefig.dpi": DPI,
-    "svg.hashsalt": "dmsae",
-    "svg.fonttype": "path",
-}
 
 
 def house_style() -> None:
     """Make matplotlib's own defaults and then the house's the settings of this process: nothing of the user's
     is left."""
     matplotlib.rcdefaults()
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.rc("font", family="DejaVu Sans", size=8)
+    matplotlib.rc("text", color=INK)
+    matplotlib.rc("axes", titlesize=8, labelsize=8, titlelocation="left", edgecolor=MUTED, labelcolor=INK)
+    matplotlib.rc("axes", grid=True, axisbelow=True)
+    matplotlib.rc("axes.spines", top=False, right=False)
+    matplotlib.rc(("xtick", "ytick"), labelsize=SMALL, color=INK)
+    matplotlib.rc("grid", color="#e4e4e4", linewidth=0.6)
+    matplotlib.rc("lines", linewidth=1.3, markersize=5.5)
+    matplotlib.rc("legend", fontsize=SMALL, frameon=False)
+    matplotlib.rc("figure", facecolor="white")
+    matplotlib.rc("savefig", dpi=DPI)
+    matplotlib.rc("svg", hashsalt="dmsae", fonttype="path")  # the same bytes every time
 
 
 @contextlib.contextmanager

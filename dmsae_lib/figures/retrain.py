@@ -1,45 +1,49 @@
-"""Figures of the SAEs trained after distillation: controls, SAEBench scores, reconstruction against L0."""
+"""Figures of the SAEs trained after distillation: controls, quality against L0, core size by coverage."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle, pairwise
+from operator import itemgetter
 from statistics import fmean
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dmsae_lib.config.sections import LONGER
 from dmsae_lib.figures import style
-from dmsae_lib.figures.house_style import MUTED
-from dmsae_lib.figures.style import DOUBLE, styled
+from dmsae_lib.figures.style import DOUBLE
 from dmsae_lib.report import series
-from dmsae_lib.report.equal_l0 import baseline_at, score
+from dmsae_lib.report.equal_l0 import baseline_at
 from dmsae_lib.report.results import Results, Row
-from dmsae_lib.report.series import ARMS
+from dmsae_lib.report.series import ARMS, Look
 from dmsae_lib.report.verdicts import t_interval
 
-REFERENCES = (("dense", "dense probe", (0, (4, 2))), ("best_channel", "best residual channel", (0, (1, 1.5))))
 OTHERS = ("#333333", "#8a6d3b", "#6b4c9a", "#9a4c4c")  # of SAEs trained elsewhere
 PLAIN = {"loss_increase": "loss increase (nats per token)", "fvu": "FVU (fraction)"}
-SCORES = {
-    "ce_loss_score": "CE loss score (fraction)",
-    "explained_variance_legacy": "explained variance (fraction)",
-    "probe_top1": "probing accuracy, top 1",
-    "probe_top5": "probing accuracy, top 5",
-}
+MOST_COVERAGES = 10  # rows of the heat map
 
 
 def _rows(group: list[Row]) -> str:
     """What an arm's frozen rows are like, for its label."""
-    l0 = {part: fmean(row["L0"][part] for row in group) for part in ("core", "total")}
+    core, total = (fmean(row["L0"][part] for row in group) for part in ("core", "total"))
     ranks = [row["core_rows"]["rank"] for row in group if row["core_rows"]]
-    return (
-        f"rank {fmean(ranks):.1f}, L0 {l0['core']:.1f} of {l0['total']:.1f}"
-        if ranks
-        else f"no core, L0 {l0['total']:.1f}"
-    )
+    return f"rank {fmean(ranks):.1f}, L0 {core:.1f} of {total:.1f}" if ranks else f"no core, L0 {total:.1f}"
 
 
-@styled
+def _arm(axes: Axes, y: int, look: Look, group: list[Row], metric: str) -> None:
+    """One SAE a point; above them mean and interval where there is one."""
+    _, colour, marker = look
+    values = series.units(group, itemgetter(metric))[0]
+    if interval := t_interval(values):
+        axes.plot(interval, [y + 0.2] * 2, color=colour, linewidth=1.2, marker="|", markersize=5)
+        axes.plot([fmean(values)] * 2, [y + 0.02, y + 0.38], color=colour, linewidth=1.8)
+    for row in group:
+        face = style.face(colour, row["unbound"])
+        axes.plot([row[metric]], [y - 0.12], marker=marker, markersize=4.5, **face)
+
+
 def controls(results: Results) -> Figure:
     """Loss increase and FVU of the distilled core and its controls at the distillation k."""
     k = results.summary["sizes"]["k"]
@@ -49,92 +53,38 @@ def controls(results: Results) -> Figure:
     figure = style.new_figure(DOUBLE, 0.9 + 0.31 * max(len(drawn), 4))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (metric, name) in zip(panels, PLAIN.items()):
-        for y, ((_, colour, marker), group) in enumerate(drawn):
-            values = series.units(group, lambda row, m=metric: row[m])[0]
-            if interval := t_interval(values):
-                axes.plot(interval, [y + 0.2] * 2, color=colour, linewidth=1.2, marker="|", markersize=5)
-                axes.plot([fmean(values)] * 2, [y + 0.02, y + 0.38], color=colour, linewidth=1.8)
-            for row in group:
-                axes.plot(
-                    [row[metric]],
-                    [y - 0.12],
-                    marker=marker,
-                    markersize=4.5,
-                    **style.face(colour, row["unbound"]),
-                )
+        for y, (look, group) in enumerate(drawn):
+            _arm(axes, y, look, group, metric)
+        style.lanes(axes, [f"{label}\n{_rows(group)}" for (label, *_), group in drawn])
         axes.set_xlabel(name)
-        axes.set_ylim(len(drawn) - 0.5, -0.5)
         axes.locator_params(axis="x", nbins=6)
         axes.margins(x=0.08)
-        axes.tick_params(axis="y", length=0)
-    panels[0].set_yticks(range(len(drawn)), [f"{name}\n{_rows(group)}" for (name, *_), group in drawn])
-    panels[0].set_ylabel("core")
-    panels[0].set_title(f"Distilled against other cores of equal size, k = {k}")
+    panels[0].set(ylabel="core", title=f"Distilled against other cores of equal size, k = {k}")
     caption = (
         f"Loss increase and FVU at k = {k} with the distilled core ({main.name}, like its controls), with "
-        "cores drawn in "
-        "other ways, unfrozen from the same start, and with none. Rank: participation rank of the core's "
-        "encoder rows; L0: active core latents of all active ones."
+        "cores drawn in other ways, unfrozen from the same start, and with none. Rank: participation rank of "
+        "the core's encoder rows; L0: active core latents of all active ones."
     )
     return style.finish(figure, results, caption, f"points: one SAE each; {style.bars_note(drawn, 'ticks')}")
 
 
-def _imported(axes: Axes, results: Results, value: Callable[[Row], float | None]) -> None:
+def imported(axes: Axes, results: Results, value: Callable[[Row], float | None]) -> None:
     """A star for each SAE that was trained elsewhere."""
     for row, colour in zip(results.summary["imported"], cycle(OTHERS)):
-        if value(row) is not None:
-            axes.plot(
-                [row["L0"]],
-                [value(row)],
-                linestyle="none",
-                marker="*",
-                markersize=8,
-                color=colour,
-                label=row["name"],
-            )
-
-
-@styled
-def scores(results: Results) -> Figure:
-    """SAEBench metrics against measured L0, DMSAE and baseline."""
-    drawn = series.lines(results.summary, ["none", "distilled"], lambda row: row["saebench"])
-    probing = results.summary["probing_baselines"]
-    figure = style.new_figure(DOUBLE, 4.6)
-    for axes, (metric, name) in zip(figure.subplots(2, 2).flat, SCORES.items()):
-        found = [style.curve(axes, look, rows, lambda row, m=metric: score(row, m)) for look, rows in drawn]
-        if not any(found):
-            style.missing(axes, f"{name}: not run")
-            continue
-        _imported(axes, results, lambda row, m=metric: (row["saebench"] or {}).get(m))
-        style.l0_axis(axes, sorted({row["k"] for _, rows in drawn for row in rows}))
-        axes.set_ylabel(name)
-        axes.margins(y=0.12)
-        if metric.startswith("probe_") and probing:
-            for key, reference, line in REFERENCES:
-                axes.axhline(probing[key], color=MUTED, linewidth=1, linestyle=line, label=reference)
-    named = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels())}
-    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=4)
-    return style.finish(
-        figure,
-        results,
-        "SAEBench scores against measured L0, with and without the distilled core. "
-        "Explained variance is SAEBench's older formula: the newer one subtracts the wrong mean.",
-        style.bars_note(drawn),
-    )
+        if (y := value(row)) is not None:
+            star = {"linestyle": "none", "marker": "*", "markersize": 8, "color": colour}
+            axes.plot([row["L0"]], [y], label=row["name"], **star)
 
 
 def _over_baseline(row: Row, baselines: list[Row], metric: str) -> float | None:
     """Above the baseline of the same chain and seed at the row's L0; None where that is unbound or has no
     such baseline."""
-    base = (
-        None
-        if row["unbound"]
-        else baseline_at(baselines, row["chain"], row["seed"], row["L0"]["total"], metric)
-    )
+    if row["unbound"]:
+        return None
+    base = baseline_at(baselines, row["chain"], row["seed"], style.total_l0(row), metric)
     return None if base is None else row[metric] - base
 
 
-@styled
 def quality(results: Results) -> Figure:
     """Loss increase and FVU against total L0, every arm; and below, above the baseline at equal L0."""
     drawn = series.lines(results.summary)
@@ -146,30 +96,66 @@ def quality(results: Results) -> Figure:
     figure = style.new_figure(DOUBLE, 6.2)
     for (above, below), (metric, name) in zip(figure.subplots(2, 2).T, PLAIN.items()):
         for look, rows in drawn:
-            style.curve(above, look, rows, lambda row, m=metric: row[m])
-        _imported(above, results, lambda row, m=metric: row[m])
+            style.curve(above, look, rows, itemgetter(metric))
+        imported(above, results, itemgetter(metric))
         style.l0_axis(above, ks)
         style.log_y(above)
-        above.set_xlabel("measured total L0 (core included)")
-        above.set_ylabel(name)
+        above.set(xlabel="measured total L0 (core included)", ylabel=name)
         for at, (look, rows) in enumerate(compared):
-            style.curve(
-                below,
-                look,
-                rows,
-                lambda row, m=metric: _over_baseline(row, baselines, m),
-                lambda row, at=at: row["k"] * aside ** ((at + 1) // 2 * (-1) ** at),
-            )
+            gain = partial(_over_baseline, baselines=baselines, metric=metric)
+            shift = aside ** ((at + 1) // 2 * (-1) ** at)
+            style.curve(below, look, rows, gain, lambda row, shift=shift: row["k"] * shift)
         below.axhline(0, color=ARMS["none"][1], linewidth=1, zorder=1)
         style.l0_axis(below, ks)
         below.set_xlim(0.82 * ks[0], 1.22 * ks[-1])
-        below.set_xlabel("k (arms side by side)")
-        below.set_ylabel(f"{name.partition(' (')[0]}, minus baseline")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return style.finish(
-        figure,
-        results,
-        "Loss increase and FVU against total L0, the core counted, for every arm; below, minus "
-        "the baseline of the same chain and seed at measured L0, where there is one.",
-        style.bars_note(drawn),
+        below.set(xlabel="k (arms side by side)", ylabel=f"{name.partition(' (')[0]}, minus baseline")
+    style.legend(figure, figure.axes[:1], ncols=3)
+    caption = (
+        "Loss increase and FVU against total L0, the core counted, for every arm; below, minus the baseline "
+        "of the same chain and seed at measured L0, where there is one."
     )
+    return style.finish(figure, results, caption, style.bars_note(drawn))
+
+
+def _coverage_panel(axes: Axes, rows: list[Row], coverages: list[float], ks: list[int], title: str) -> None:
+    import pandas as pd
+
+    sizes = pd.DataFrame(rows).pivot_table("size", "coverage", "k").reindex(index=coverages, columns=ks)
+    image = axes.imshow(sizes, cmap="cividis", aspect="auto")
+    for (y, x), size in np.ndenumerate(sizes.to_numpy()):
+        if not np.isnan(size):
+            colour = "black" if image.norm(size) > 0.5 else "white"
+            axes.text(x, y, f"{size:.0f}", color=colour, **style.INSIDE)
+    low, high = (f(row["candidates"] for row in rows) for f in (min, max))
+    axes.set_title(f"{title}, {low if low == high else f'{low}-{high}'} candidates")
+    axes.set_xticks(range(len(ks)), ks)
+    axes.set_yticks(range(len(coverages)), [f"{100 * c:g} %" for c in coverages])
+    axes.set(xlabel="k", ylabel="coverage of the attribution")
+    axes.grid(False)
+    ticks = MaxNLocator(6, integer=True)
+    axes.figure.colorbar(image, ax=axes, label="latents selected", pad=0.02, ticks=ticks)
+
+
+def heatmap(results: Results) -> Figure:
+    """Size of the core that a coverage would select, by k."""
+    rows, used = results.summary["heatmap"], results.summary["sizes"]["coverage"]
+    arms = [arm for arm in ("none", "distilled") if any(row["arm"] == arm for row in rows)]
+    figure = style.new_figure(DOUBLE, 3.1)
+    panels = figure.subplots(1, max(len(arms), 1), squeeze=False)[0]
+    if not arms:
+        style.missing(panels[0], "coverage curves: not run")
+    ks = sorted({row["k"] for row in rows})
+    found = sorted({row["coverage"] for row in rows}, reverse=True)
+    every = 1 + (len(found) - 1) // MOST_COVERAGES
+    coverages = [c for i, c in enumerate(found) if i % every == 0 or c == used]
+    for axes, arm in zip(panels, arms):
+        mine = [row for row in rows if row["arm"] == arm]
+        _coverage_panel(axes, mine, coverages, ks, series.label(arm, results.summary))
+    seeds = len({row["seed"] for row in rows})
+    caption = "Latents needed to reach a share of the total attribution, by k; candidates: core and prefix 0."
+    over = (
+        f"mean over {seeds} training seeds of the main chain"
+        if seeds > 1
+        else "main chain, one training seed"
+    )
+    return style.finish(figure, results, caption, over)

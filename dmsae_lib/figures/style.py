@@ -3,7 +3,7 @@
 import io
 import textwrap
 from collections.abc import Callable, Iterable
-from functools import wraps
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, FormatStrFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from dmsae_lib.figures.house_style import DPI, MUTED, SMALL, in_house_style
 from dmsae_lib.report.results import Results
@@ -22,22 +22,26 @@ from dmsae_lib.store.atomic import write_bytes
 Row = dict[str, Any]
 SINGLE, DOUBLE = 3.3, 7.0  # inches: one and two columns of a paper
 HOLLOW = "hollow: unbound (core alone reaches k)"
+CHANCE = "#a0a0a0"  # of what no training did
 CYCLES = matplotlib.colormaps["viridis"]  # ordered: dark is early
+INSIDE: Row = {"ha": "center", "va": "center", "fontsize": SMALL}  # a number in a bar or a cell
 
 
-def cycle_colour(cycle: int, last: int) -> tuple:
+def cycle_colour(cycle: int, last: int) -> tuple[float, float, float, float]:
     return CYCLES(0.95 * cycle / max(last, 1))
 
 
-def styled(draw: Callable[[Results], Figure | None]) -> Callable[[Results], Figure | None]:
-    """Draw under the house style, whatever the caller's settings are."""
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the registry: called with results it is drawn in the house style, whatever the caller's
+    settings are; None where ``where`` finds nothing to draw."""
 
-    @wraps(draw)
-    def wrapper(results: Results) -> Figure | None:
+    draw: Callable[[Results], Figure]
+    where: Callable[[Results], Any] = lambda results: True
+
+    def __call__(self, results: Results) -> Figure | None:
         with in_house_style():
-            return draw(results)
-
-    return wrapper
+            return self.draw(results) if self.where(results) else None
 
 
 class Picture(Figure):
@@ -62,9 +66,8 @@ def finish(figure: Figure, results: Results, caption: str, varied: str = "", sou
     note = f"{varied}\xa0· {source}" if varied else source
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(note, int(width / 0.056))
-    figure.text(
-        0.012, 0.02 / height, "\n".join(lines), fontsize=SMALL, color=MUTED, va="bottom", linespacing=1.2
-    )
+    look = {"fontsize": SMALL, "color": MUTED, "va": "bottom", "linespacing": 1.2}
+    figure.text(0.012, 0.02 / height, "\n".join(lines), **look)
     room = (0.125 * len(lines) + 0.03) / height
     figure.get_layout_engine().set(rect=(0, room, 1, 1 - room), w_pad=0.06, h_pad=0.04)
     figure.set_label(f"{caption} {varied[:1].upper() + varied[1:] + '.' if varied else ''}".strip())
@@ -73,52 +76,63 @@ def finish(figure: Figure, results: Results, caption: str, varied: str = "", sou
 
 def bars_note(drawn: list[tuple[Look, list[Row]]], mean: str = "points") -> str:
     """The footnote's words on error bars (over how many of what, or why there are none) and on hollow
-    markers.
-
-    ``mean`` names the mark that shows the mean.
-    """
+    markers. ``mean`` names the mark that shows the mean."""
     if not drawn:
         return "not run"
-    found = [
-        units(group, lambda row: row["L0"]["total"]) for _, rows in drawn for group in by_k(rows).values()
-    ]
+    found = [units(group, total_l0) for _, rows in drawn for group in by_k(rows).values()]
     hollow = f"; {HOLLOW}" if any(row["unbound"] for _, rows in drawn for row in rows) else ""
     fewest, most = min(len(values) for values, _ in found), {}
     for values, varied in found:
         most[varied] = max(most.get(varied, 0), len(values))
     over = [f"{'up to ' * (n > fewest)}{n} {PLURAL[varied]}" for varied, n in most.items() if n > 1]
-    bars = (
-        f"{mean}: mean, bars: 95 % t interval over {' or '.join(over)}"
-        if over
-        else "one SAE each, no error bars"
-    )
-    return bars + hollow
+    if not over:
+        return f"one SAE each, no error bars{hollow}"
+    return f"{mean}: mean, bars: 95 % t interval over {' or '.join(over)}{hollow}"
+
+
+def legend(figure: Figure, panels: Iterable[Axes], ncols: int, **how: Any) -> None:
+    """One legend for the panels, above them unless ``how`` says otherwise, with every label once."""
+    named = {name: mark for axes in panels for mark, name in zip(*axes.get_legend_handles_labels())}
+    figure.legend(named.values(), named.keys(), ncols=ncols, **{"loc": "outside upper center"} | how)
 
 
 def missing(axes: Axes, text: str) -> None:
     """Say in the panel what was not run, in place of axes."""
     axes.set_axis_off()
-    axes.text(
-        0.5, 0.5, textwrap.fill(text, 28), ha="center", va="center", color=MUTED, transform=axes.transAxes
-    )
+    middle = {"ha": "center", "va": "center", "transform": axes.transAxes}
+    axes.text(0.5, 0.5, textwrap.fill(text, 28), color=MUTED, **middle)
+
+
+def beside(axes: Axes, x: float, y: float, text: str, points: int = 3) -> None:
+    """A small text to the right of a place."""
+    axes.annotate(text, (x, y), (points, 0), textcoords="offset points", va="center", fontsize=SMALL)
+
+
+def lanes(axes: Axes, labels: list[str], **how: Any) -> None:
+    """One lane per label, the first on top."""
+    axes.set_yticks(range(len(labels)), labels, **how)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def cycle_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("cycle")
 
 
 def l0_axis(axes: Axes, ks: list[int]) -> None:
     """Logarithmic L0 with ticks at the trained k's."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(ks))
-    axes.xaxis.set_major_formatter(FixedFormatter([str(k) for k in ks]))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ks, ks)
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("measured L0 (active latents per token)")
 
 
-def face(colour: str, unbound: bool) -> Row:
+def face(colour: str, unbound: bool = False) -> Row:
     """Marker style: filled with a white rim, or hollow where the SAE is unbound."""
-    return (
-        {"markerfacecolor": "white", "markeredgecolor": colour}
-        if unbound
-        else {"markerfacecolor": colour, "markeredgecolor": "white", "markeredgewidth": 0.4}
-    )
+    if unbound:
+        return {"markerfacecolor": "white", "markeredgecolor": colour}
+    return {"markerfacecolor": colour, "markeredgecolor": "white", "markeredgewidth": 0.4}
 
 
 def log_y(axes: Axes) -> None:
@@ -126,8 +140,12 @@ def log_y(axes: Axes) -> None:
     if axes.dataLim.y0 > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 6)))
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_yticks([], minor=True)
+
+
+def total_l0(row: Row) -> float:
+    return row["L0"]["total"]
 
 
 def curve(
@@ -135,30 +153,21 @@ def curve(
     look: Look,
     rows: list[Row],
     value: Callable[[Row], float | None],
-    place: Callable[[Row], float] = lambda row: row["L0"]["total"],
+    place: Callable[[Row], float] = total_l0,
 ) -> bool:
-    """Mean and interval of ``value`` for each k, against ``place`` (measured L0); hollow where an SAE is
-    unbound.
-
-    Returns whether there was anything to draw.
-    """
+    """Mean and interval of ``value`` for each k, against ``place``; hollow where an SAE is unbound. Returns
+    whether there was anything to draw."""
     name, colour, marker = look
     points = []
     for group in by_k(rows).values():
         if values := units(group, value)[0]:
-            points.append(
-                (
-                    fmean(map(place, group)),
-                    fmean(values),
-                    t_interval(values),
-                    any(row["unbound"] for row in group),
-                )
-            )
+            unbound = any(row["unbound"] for row in group)
+            points.append((fmean(map(place, group)), fmean(values), t_interval(values), unbound))
     if not points:
         return False
     points.sort(key=lambda point: point[0])
-    bound = [point for point in points if not point[3]]
-    axes.plot([p[0] for p in bound], [p[1] for p in bound], color=colour, zorder=2)
+    bound = [(x, mean) for x, mean, _, unbound in points if not unbound]
+    axes.plot([x for x, _ in bound], [mean for _, mean in bound], color=colour, zorder=2)
     for x, mean, interval, unbound in points:
         if interval:
             axes.plot([x, x], interval, color=colour, linewidth=1, marker="_", markersize=4, zorder=3)
@@ -174,24 +183,13 @@ def bundle(axes: Axes, look: Look, chains: Iterable[dict[int, float]]) -> None:
     for values in chains if len(chains) > 1 else ():
         axes.plot(list(values), list(values.values()), color=colour, linewidth=0.6, alpha=0.6, zorder=2)
     cycles = sorted({cycle for values in chains for cycle in values})
-    axes.plot(
-        cycles,
-        [fmean(values[cycle] for values in chains if cycle in values) for cycle in cycles],
-        color=colour,
-        marker=marker,
-        label=name,
-        zorder=3,
-        markeredgecolor="white",
-        markeredgewidth=0.4,
-    )
+    means = [fmean(values[cycle] for values in chains if cycle in values) for cycle in cycles]
+    axes.plot(cycles, means, color=colour, marker=marker, label=name, zorder=3, **face(colour))
 
 
 def settle(figure: Figure) -> None:
-    """Lay the figure out once and round the places of its axes.
-
-    The layout's solver goes by the order of objects in memory, so its last digits vary, and ids in an SVG are
-    hashes of them.
-    """
+    """Lay the figure out once and round the places of its axes: the solver goes by the order of objects in
+    memory, so its last digits vary, and ids in an SVG are hashes of them."""
     figure.draw_without_rendering()
     places = [axes.get_position(original=True).bounds for axes in figure.axes]
     figure.set_layout_engine("none")

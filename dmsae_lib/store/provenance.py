@@ -62,17 +62,23 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def provenance(root: Path, seconds: float) -> dict[str, Any]:
-    """Where a result comes from: code, versions, hardware, time. Kept apart from the content and its hash."""
-    versions = {"python": platform.python_version()}
+@cache
+def versions() -> dict[str, str]:
+    """Of Python and of the packages whose version may change a number."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def provenance(root: Path, seconds: float) -> dict[str, Any]:
+    """Where a result comes from: code, versions, hardware, time. Kept apart from the content and its hash."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         **code_state(root),
         "created": now,
         "seconds": round(seconds, 2),
         "hardware": hardware(),
-        "versions": versions,
+        "versions": versions(),
     }

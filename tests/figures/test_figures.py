@@ -18,7 +18,7 @@ from matplotlib.text import Text
 
 from dmsae_lib.config.sections import CONTROLS, Chain
 from dmsae_lib.figures import FIGURES, draw_all
-from dmsae_lib.figures.saebench import reference_rows
+from dmsae_lib.figures.saebench import reference
 from dmsae_lib.figures.style import SMALL
 from dmsae_lib.report.results import Results
 from dmsae_lib.report.series import ARMS, KINDS, OTHER_KINDS, kinds, lines, units
@@ -318,7 +318,7 @@ def test_no_distilled_arm_leaves_its_panel_out(tmp_path):
 
 
 def test_released_saes_stand_behind_a_run_on_their_model_alone(full, tmp_path):
-    rows = reference_rows(Results(full))
+    rows = reference(Results(full))
     assert len(rows) == 7 * 6
     matryoshka = sorted(
         (row for row in rows if row["architecture"] == "matryoshka"), key=lambda row: row["l0"]
