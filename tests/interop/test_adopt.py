@@ -4,17 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_sae import random, residuals, write_run
+from builders.foreign import foreign_sae
+from tiny_sae import residuals, write_run
 
 from dmsae_lib.config.sections import DistillConfig
 from dmsae_lib.distill import fit
 from dmsae_lib.distill.fit import Harvest, adopt
 from dmsae_lib.interop import export_dictionary_learning, export_saelens, load_any, load_foreign
-from dmsae_lib.interop.saelens import build
 from dmsae_lib.sae.model import load_folded, load_trained
 from dmsae_lib.store.artifacts import UserError
 
 SCALE = 5.0
+THRESHOLDS = torch.linspace(0.1, 1.5, 24)
 
 
 @pytest.fixture
@@ -24,49 +25,32 @@ def harvest(tiny_llama, random_split):
     return Harvest(SimpleNamespace(hash="h" * 64), record, tiny_llama, {"test": random_split(24)}, run)
 
 
-def write_foreign(folder, model, architecture="jumprelu", seed=0, **settings) -> str:
+def write_foreign(folder, model, architecture="jumprelu", **settings) -> str:
     """Decoder rows of norm 1; thresholds differ from latent to latent."""
-    weights = {
-        "W_enc": random(32, 24, seed=seed) / 4,
-        "W_dec": torch.nn.functional.normalize(random(24, 32, seed=1), dim=1),
-        "b_enc": random(24, seed=2),
-        "b_dec": random(32, seed=3),
-    }
-    if architecture == "jumprelu":
-        weights["threshold"] = torch.linspace(0.1, 1.5, 24)
-    metadata = {"model_name": model.config.name, "hook_name": model.hook_name}
-    build(architecture, weights, metadata, **settings).save_model(folder)
+    foreign_sae(model, architecture, THRESHOLDS, **settings).save_model(folder)
     return str(folder)
 
 
 def test_an_adopted_cycle_0_is_an_sae_of_ours(harvest, tmp_path, monkeypatch):
-    model = harvest.model
+    model, record = harvest.model, {"cycle": 0, "core_in": 0}
     where = write_foreign(tmp_path / "theirs", model)
-    artifact = adopt(
-        tmp_path / "cycle_0" / "sae", where, harvest, {"cycle": 0, "core_in": 0}, as_cycle_0=True
-    )
+    artifact = adopt(tmp_path / "cycle_0" / "sae", where, harvest, record, as_cycle_0=True)
     ours, folded, x = load_trained(artifact), load_folded(artifact), residuals(model)
     theirs = load_any(SimpleNamespace(files={}, folder=tmp_path / "theirs"), model)
     assert ours.threshold.shape == folded.threshold.shape == (24,) and ours.prefixes == (6, 12, 24)
-    torch.testing.assert_close(folded.threshold, torch.linspace(0.1, 1.5, 24).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(folded.threshold, THRESHOLDS.double(), rtol=1e-6, atol=0)
     f = theirs.encode(x)
     clear = (folded.pre_activations(x) - folded.threshold).abs() > 1e-5
     assert 0.05 < (f > 0).float().mean() < 0.9
     torch.testing.assert_close(folded.encode(x)[clear], f[clear], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(SCALE * ours.encode(x / SCALE)[clear], f[clear], rtol=1e-4, atol=1e-4)
     metrics = artifact.json("metrics.json")
-    assert (
-        metrics["cycle"] == 0
-        and metrics["prefixes"] == [6, 12, 24]
-        and list(metrics["fvu"]) == ["6", "12", "full"]
-    )
+    assert (metrics["cycle"], metrics["prefixes"]) == (0, [6, 12, 24])
+    assert list(metrics["fvu"]) == ["6", "12", "full"]
     assert metrics["loss_recovered"]["prefix0"] is not None and metrics["imported"]["hash"] == theirs.hash
     assert "history.csv" not in artifact.files
     monkeypatch.setattr(fit, "evaluate", None)  # it is there: nothing is measured again
-    assert (
-        adopt(artifact.folder, where, harvest, {"cycle": 0, "core_in": 0}, as_cycle_0=True).hash
-        == artifact.hash
-    )
+    assert adopt(artifact.folder, where, harvest, record, as_cycle_0=True).hash == artifact.hash
 
 
 def test_what_is_compared_with_stays_as_it_is(harvest, tmp_path):
@@ -76,11 +60,8 @@ def test_what_is_compared_with_stays_as_it_is(harvest, tmp_path):
     f = kept.encode(x)
     assert kept.architecture == "topk" and (f > 0).sum(1).max() == 5
     metrics = artifact.json("metrics.json")
-    assert (
-        metrics["name"] == "a"
-        and 4 < metrics["L0"]["total"] <= 5
-        and "prefix0" not in metrics["loss_recovered"]
-    )
+    assert metrics["name"] == "a" and 4 < metrics["L0"]["total"] <= 5
+    assert "prefix0" not in metrics["loss_recovered"]
     with pytest.raises(UserError, match="it can be compared with"):
         adopt(tmp_path / "cycle_0", where, harvest, {}, as_cycle_0=True)
     write_foreign(tmp_path / "theirs", harvest.model, "topk", seed=9, k=5)  # it changed: measured again

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_sae import CORE, D_SAE, KINDS, PREFIXES, K, residuals, write_run
+from tiny_sae import CORE, D_SAE, KINDS, PREFIXES, K, random, residuals, write_run
+from torch.testing import assert_close
 
 from dmsae_lib.interop import export_dictionary_learning, export_saelens, load_foreign
+from dmsae_lib.interop.dictionary_learning import CLASSES
 from dmsae_lib.sae.model import load_folded
 from dmsae_lib.store.artifacts import UserError, repository_root
 
@@ -28,7 +30,7 @@ open("class", "w").write(type(ae).__module__ + "." + type(ae).__name__)
 """
 # One SAE of each class, of random weights, saved as the library's own training saves it.
 MAKE = """
-import json, os, sys, torch
+import json, sys
 from safetensors.torch import load_file, save_file
 from dictionary_learning.dictionary import AutoEncoder, AutoEncoderNew, GatedAutoEncoder, JumpReluAutoEncoder
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
@@ -36,8 +38,8 @@ from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchT
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
 
 x, lm_name = load_file("x.safetensors")["x"], sys.argv[1]
-made = [AutoEncoder(32, 48), AutoEncoderNew(32, 48), GatedAutoEncoder(32, 48), JumpReluAutoEncoder(32, 48), BatchTopKSAE(32, 48, 5),
-        AutoEncoderTopK(32, 48, 5), MatryoshkaBatchTopKSAE(32, 48, 5, [8, 16, 24])]
+made = [cls(32, 48) for cls in (AutoEncoder, AutoEncoderNew, GatedAutoEncoder, JumpReluAutoEncoder)]
+made += [BatchTopKSAE(32, 48, 5), AutoEncoderTopK(32, 48, 5), MatryoshkaBatchTopKSAE(32, 48, 5, [8, 16, 24])]
 for ae in made:
     torch.manual_seed(1)
     with torch.no_grad():
@@ -49,64 +51,44 @@ for ae in made:
         name = type(ae).__name__
         os.makedirs(name)
         torch.save(ae.state_dict(), f"{name}/ae.pt")
-        trainer = {"dict_class": name, "layer": 0, "lm_name": lm_name, "submodule_name": "resid_post_layer_0", "k": 5}
+        trainer = {"dict_class": name, "layer": 0, "lm_name": lm_name, "k": 5}
+        trainer["submodule_name"] = "resid_post_layer_0"
         json.dump({"trainer": trainer, "buffer": {"ctx_len": 16}}, open(f"{name}/config.json", "w"))
         save_file({"f": f, "xhat": ae.decode(f)}, f"{name}/theirs.safetensors")
 """
-CLASSES = [
-    "AutoEncoder",
-    "AutoEncoderNew",
-    "GatedAutoEncoder",
-    "JumpReluAutoEncoder",
-    "BatchTopKSAE",
-    "AutoEncoderTopK",
-    "MatryoshkaBatchTopKSAE",
-]
 
 
-def run_there(code: str, folder, *arguments: str) -> None:
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """The folder in which dictionary_learning makes one SAE of each class."""
+    return tmp_path_factory.mktemp("theirs")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_llama, theirs, tmp_path_factory):
+    """Every kind of SAE, and what dictionary_learning makes of its export by the very lines of its README.
+
+    The same process, of its own environment, fills ``theirs``.
+    """
     if not BENCH.exists():
         pytest.skip("dictionary_learning is not installed: make bench-environment sets it up in .venv-bench")
-    done = subprocess.run([BENCH, "-c", code, *arguments], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.fixture(scope="module")
-def exported(tiny_llama, tmp_path_factory):
-    """Every kind of SAE, exported, and what dictionary_learning makes of it by the very lines of its
-    README."""
-    found, lines = {}, []
-    x = residuals(tiny_llama, seed=1)
-    base = tmp_path_factory.mktemp("exported")
+    save_file({"x": residuals(tiny_llama, rows=8, seed=2)}, theirs / "x.safetensors")
+    found, lines, x = {}, ["import os"], residuals(tiny_llama, seed=1)
     for kind in KINDS:
-        place = base / f"core{kind[0]}-{kind[1]}"
+        place = tmp_path_factory.mktemp(f"core{kind[0]}-{kind[1]}")
         artifact = write_run(place / "run", tiny_llama, *kind)
         folder = export_dictionary_learning(artifact.folder, place / "out")
-        assert sorted(path.name for path in folder.iterdir()) == [
-            "README.md",
-            "ae.safetensors",
-            "config.json",
-        ]
+        assert {path.name for path in folder.iterdir()} == {"README.md", "ae.safetensors", "config.json"}
         save_file({"x": x}, folder / "x.safetensors")
         [block] = LINES.findall((folder / "README.md").read_text())
-        lines += [f"import os; os.chdir({str(folder)!r})", block, APPLY]
-        found[kind] = SimpleNamespace(
-            artifact=artifact,
-            ours=load_folded(artifact),
-            folder=folder,
-            x=x,
-            scale=artifact.json("sae.json")["scale"],
-        )
-    run_there("\n".join(lines), base)
+        lines += [f"os.chdir({str(folder)!r})", block, APPLY]
+        found[kind] = SimpleNamespace(artifact=artifact, ours=load_folded(artifact), folder=folder, x=x)
+        found[kind].scale = artifact.json("sae.json")["scale"]
+    lines += [f"os.chdir({str(theirs)!r})", MAKE]  # last: what it imports is of no help to a README
+    command = [BENCH, "-c", "\n".join(lines), tiny_llama.config.name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     return found
-
-
-@pytest.fixture(scope="module")
-def made_there(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("theirs")
-    save_file({"x": residuals(tiny_llama, rows=8, seed=2)}, folder / "x.safetensors")
-    run_there(MAKE, folder, tiny_llama.config.name)
-    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -116,10 +98,8 @@ def test_exported_sae_computes_the_same_in_dictionary_learning(exported, kind):
     f, pre = ours.encode(x), ours.pre_activations(x)
     clear = (pre - ours.threshold).abs() > TOLERANCE * made.scale
     assert clear.float().mean() > 0.999 and 0.02 < (f > 0).float().mean() < 0.5
-    torch.testing.assert_close(theirs["f"][clear], f[clear], rtol=1e-5, atol=TOLERANCE * made.scale)
-    torch.testing.assert_close(
-        theirs["xhat"], ours.decode(theirs["f"]), rtol=1e-5, atol=TOLERANCE * made.scale
-    )
+    assert_close(theirs["f"][clear], f[clear], rtol=1e-5, atol=TOLERANCE * made.scale)
+    assert_close(theirs["xhat"], ours.decode(theirs["f"]), rtol=1e-5, atol=TOLERANCE * made.scale)
     relu_core = kind == (CORE, "relu")
     found = (made.folder / "class").read_text()
     assert found.rpartition(".")[2] == ("JumpReluAutoEncoder" if relu_core else "MatryoshkaBatchTopKSAE")
@@ -131,79 +111,61 @@ def test_exported_sae_computes_the_same_in_dictionary_learning(exported, kind):
 def test_config_says_where_it_comes_from(exported, kind, tiny_llama):
     made = exported[kind]
     config = json.loads((made.folder / "config.json").read_text())
-    trainer = config["trainer"]
-    assert (trainer["activation_dim"], trainer["dict_size"], trainer["k"]) == (32, D_SAE, K)
-    assert (trainer["layer"], trainer["submodule_name"], trainer["lm_name"]) == (
-        0,
-        "resid_post_layer_0",
-        "tiny llama",
-    )
+    expected = {"activation_dim": 32, "dict_size": D_SAE, "k": K, "layer": 0, "lm_name": "tiny llama"}
+    expected["submodule_name"] = "resid_post_layer_0"
+    if kind != (CORE, "relu"):
+        first = kind[0] + PREFIXES[0]
+        expected["group_sizes"] = [first, PREFIXES[1] - PREFIXES[0], D_SAE - kind[0] - PREFIXES[1]]
+        state = load_file(made.folder / "ae.safetensors")
+        assert state["group_sizes"].tolist() == expected["group_sizes"]
+    assert expected.items() <= config["trainer"].items() and config["buffer"] == {"ctx_len": 16}
     assert (config["dmsae"]["sae"], config["dmsae"]["model_hash"]) == (made.artifact.hash, tiny_llama.hash)
-    if "group_sizes" in trainer:
-        c = kind[0]
-        groups = [c + PREFIXES[0], PREFIXES[1] - PREFIXES[0], D_SAE - c - PREFIXES[1]]
-        assert (
-            trainer["group_sizes"]
-            == groups
-            == load_file(made.folder / "ae.safetensors")["group_sizes"].tolist()
-        )
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_round_trip_gives_the_same_sae(exported, kind, tiny_llama, tmp_path):
     made = exported[kind]
     back = load_foreign(made.folder, tiny_llama).source(made.scale)
-    through_saelens = load_foreign(export_saelens(made.artifact, tmp_path / "out"), tiny_llama).source(
-        made.scale
-    )
+    through_saelens = load_foreign(export_saelens(made.artifact, tmp_path / "out"), tiny_llama)
+    through_saelens = through_saelens.source(made.scale)
     assert back.prefixes == through_saelens.prefixes
     assert (back.threshold.ndim == 1) == (kind == (CORE, "relu"))
     for name, value in through_saelens.state_dict().items():
         if name == "b_enc":  # b_dec W_enc was taken out of it, and put back
-            torch.testing.assert_close(back.b_enc, value, rtol=1e-5, atol=TOLERANCE)
+            assert_close(back.b_enc, value, rtol=1e-5, atol=TOLERANCE)
         else:
             assert torch.equal(back.state_dict()[name], value), name
 
 
+@pytest.mark.usefixtures("exported")
 @pytest.mark.parametrize("name", CLASSES)
-def test_an_sae_of_theirs_computes_what_it_computes_there(made_there, tiny_llama, name):
-    x, theirs = (
-        load_file(made_there / "x.safetensors")["x"],
-        load_file(made_there / name / "theirs.safetensors"),
-    )
-    foreign = load_foreign(made_there / name, tiny_llama)
-    state = torch.load(made_there / name / "ae.pt", weights_only=True)
+def test_an_sae_of_theirs_computes_what_it_computes_there(theirs, tiny_llama, name):
+    x = load_file(theirs / "x.safetensors")["x"]
+    there = load_file(theirs / name / "theirs.safetensors")
+    foreign = load_foreign(theirs / name, tiny_llama)
+    state = torch.load(theirs / name / "ae.pt", weights_only=True)
     norms = state["W_dec"].norm(dim=1) if "W_dec" in state else state["decoder.weight"].norm(dim=0)
-    assert (theirs["f"] > 0).any(1).all() and (theirs["f"] == 0).float().mean() > 0.2
+    assert (there["f"] > 0).any(1).all() and (there["f"] == 0).float().mean() > 0.2
     # decoder rows of norm 1 here, and features larger by as much
-    torch.testing.assert_close(foreign.encode(x), theirs["f"] * norms, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(foreign(x), theirs["xhat"], rtol=1e-4, atol=1e-4)
+    assert_close(foreign.encode(x), there["f"] * norms, rtol=1e-4, atol=1e-4)
+    assert_close(foreign(x), there["xhat"], rtol=1e-4, atol=1e-4)
     if foreign.architecture in ("topk", "gated"):
         with pytest.raises(UserError, match="it can be compared with"):
             foreign.source(1.0, [8])
         return
     source = foreign.source(3.0, None if name.startswith("Matryoshka") else [8, 24])
     assert source.prefixes == (8, 24, 48)
-    torch.testing.assert_close(3 * source.encode(x / 3), theirs["f"] * norms, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(3 * source(x / 3), theirs["xhat"], rtol=1e-4, atol=1e-4)
+    assert_close(3 * source.encode(x / 3), there["f"] * norms, rtol=1e-4, atol=1e-4)
+    assert_close(3 * source(x / 3), there["xhat"], rtol=1e-4, atol=1e-4)
 
 
 def folder_of(tmp_path, state=None, **trainer):
-    tmp_path.joinpath("config.json").write_text(
-        json.dumps(
-            {"trainer": {"dict_class": "BatchTopKSAE", "layer": 0, "lm_name": "tiny llama", **trainer}}
-        )
-    )
+    trainer = {"dict_class": "BatchTopKSAE", "layer": 0, "lm_name": "tiny llama", **trainer}
+    tmp_path.joinpath("config.json").write_text(json.dumps({"trainer": trainer}))
     if state is None:
-        weight = torch.nn.functional.normalize(torch.randn(8, 32), dim=1)
-        state = {
-            "encoder.weight": weight,
-            "encoder.bias": torch.zeros(8),
-            "decoder.weight": weight.T,
-            "b_dec": torch.zeros(32),
-            "threshold": torch.tensor(0.5),
-            "k": torch.tensor(2),
-        }
+        weight = torch.nn.functional.normalize(random(8, 32), dim=1)
+        state = {"encoder.weight": weight, "encoder.bias": torch.zeros(8), "decoder.weight": weight.T}
+        state |= {"b_dec": torch.zeros(32), "threshold": torch.tensor(0.5), "k": torch.tensor(2)}
     torch.save(state, tmp_path / "ae.pt")
     return state
 
