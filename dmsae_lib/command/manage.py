@@ -129,7 +129,7 @@ def publish(run: Run, name: str = "") -> None:
         if state not in ("present", "optional"):
             raise UserError(f"runs/{run.name} is not complete ({stage} is {state}): run `make reproduce`.")
     targets = [run.root / "results" / name, run.root / "figures" / name]
-    with explain_os_errors(targets[0]), locked(run), replacing(targets) as (results, figures):
+    with explain_os_errors(targets[0]), locked(run), replacing(*targets) as (results, figures):
         shutil.copytree(load(run.folder / "summary", "summary").folder, results, dirs_exist_ok=True)
         export_core(run, results / "core")
         (results / "notebooks").mkdir()
@@ -169,7 +169,7 @@ def figures(run: Run, name: str = "") -> None:
 
     name = _checked(name or run.name)
     target = run.root / "figures" / name
-    with explain_os_errors(target), replacing([target]) as (new,):
+    with explain_os_errors(target), replacing(target) as (new,):
         drawn = draw_all(run.root / "results" / name, new)
     print(f"drew {len(drawn)} figures in figures/{name}")
 

@@ -47,13 +47,8 @@ def lock(run: Run) -> int:
     over. Raises UserError naming the owner and its age where another process has it.
     """
     path = run.folder / ".lock"
-
-    def opened() -> int:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-
     with explain_os_errors(run.folder):
-        descriptor = hold(path, opened)
+        descriptor = hold(path, os.O_RDWR | os.O_CREAT)
         if descriptor is None:
             raise UserError(
                 f"runs/{run.name} is in use by {_owner(path)}: wait until that has ended, or name this run "

@@ -20,7 +20,7 @@ from dmsae_lib.interop.foreign import Foreign
 from dmsae_lib.sae.model import load_folded
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import Artifact, UserError
-from dmsae_lib.store.atomic import claimed, put
+from dmsae_lib.store.atomic import replacing
 
 FILES = {"cfg.json", "sae_weights.safetensors"}  # of a SAELens folder
 DEFAULTS = {"hook_head_index": None, "prepend_bos": True, "model_from_pretrained_kwargs": {}}  # of metadata
@@ -81,9 +81,8 @@ def new_folder(target: Path, files: set[str]) -> Iterator[Path]:
     with artifacts.explain_os_errors(target):
         if target.exists() and (not target.is_dir() or {path.name for path in target.iterdir()} - files):
             raise UserError(f"{target} holds something else: export to a folder that does not exist yet.")
-        with claimed(target) as place:
+        with replacing(target) as (place,):
             yield place
-            put(place, target)
 
 
 def build(architecture: str, weights: dict[str, Tensor], metadata: dict[str, Any], **settings: Any) -> Any:

@@ -21,30 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from dmsae_lib.store import atomic
-from dmsae_lib.store.atomic import UserError, claimed, explain_os_errors, json_text, put, recover, write_json
+from dmsae_lib.store.atomic import UserError, explain_os_errors, json_text, recover, replacing
+from dmsae_lib.store.atomic import write_json as write_json
 from dmsae_lib.store.provenance import provenance
 
-__all__ = [
-    "Artifact",
-    "ArtifactError",
-    "UserError",
-    "Writer",
-    "explain_os_errors",
-    "hash_json",
-    "load",
-    "remove",
-    "repository_root",
-    "sha256_file",
-    "sweep",
-    "write",
-    "write_json",
-]
 SCHEMA = 2
 
 
 class ArtifactError(UserError):
-    """An artefact is missing, damaged, or of another kind than expected: ``what`` is wrong, and the
-    ``remedy``."""
+    """An artefact is missing, damaged, or of another kind: ``what`` is wrong, and the ``remedy``."""
 
     def __init__(self, what: str, remedy: str = ""):
         super().__init__(f"{what}: {remedy}." if remedy else what)
@@ -76,16 +61,13 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def unseal(path: Path) -> dict[str, Any]:
-    """What a sealed JSON file holds, its hash included; ValueError where a single byte of it is not as it was
-    written."""
+    """What a sealed JSON file holds, its hash included; ValueError where a byte is not as it was written."""
     text = path.read_bytes()
     value = json.loads(text)
     if not isinstance(value, dict) or "hash" not in value:
         raise ValueError("cannot be read")
-    if (
-        sealed({key: value[key] for key in value if key != "hash"}) != value
-        or json_text(value).encode() != text
-    ):
+    content = {key: value[key] for key in value if key != "hash"}
+    if sealed(content) != value or json_text(value).encode() != text:
         raise ValueError("does not match its own hash")
     return value
 
@@ -101,9 +83,7 @@ class Writer:
     def path(self, name: str) -> Path:
         """A path inside the artefact, to be written by the caller."""
         if Path(name).name != name or name == "..":
-            raise UserError(
-                f"{name!r} cannot be the name of a file inside an artefact: take the slashes out of it."
-            )
+            raise UserError(f"{name!r} cannot be the name of a file in an artefact: take its slashes out.")
         return self.folder / name
 
     def json(self, name: str, value: Any) -> None:
@@ -131,23 +111,15 @@ def write(folder: Path, kind: str, parents: dict[str, str] | None = None) -> Ite
     """
     folder = Path(folder)
     started = time.perf_counter()
-    with explain_os_errors(folder), claimed(folder) as place:
+    with explain_os_errors(folder), replacing(folder) as (place,):
         writer = Writer(place)
         yield writer
         files = {path.name: sha256_file(path) for path in sorted(place.iterdir())}
-        made = (
-            provenance(repository_root(Path(__file__).parent), time.perf_counter() - started)
-            | writer.circumstances
-        )
-        writer.json("provenance.json", sealed(made))
-        manifest = {
-            "schema": SCHEMA,
-            "kind": kind,
-            "parents": dict(sorted((parents or {}).items())),
-            "files": files,
-        }
+        made = provenance(repository_root(Path(__file__).parent), time.perf_counter() - started)
+        writer.json("provenance.json", sealed(made | writer.circumstances))
+        ordered = dict(sorted((parents or {}).items()))
+        manifest = {"schema": SCHEMA, "kind": kind, "parents": ordered, "files": files}
         writer.json("manifest.json", sealed(manifest))
-        put(place, folder)
 
 
 def remove(folder: Path) -> None:
@@ -181,59 +153,51 @@ class Artifact:
         return load_file(self.folder / name)
 
 
-def _which(folder: Path) -> str:
-    """What tells make the run that ``folder`` is part of; "" where it is part of none."""
+def _remedies(folder: Path, made_by: str) -> tuple[str, str]:
+    """What makes the artefact in ``folder``, and what makes it again where it is damaged."""
+    make = f"make {made_by or 'reproduce'}"
     for run in folder.resolve().parents:
         if run.parent.name == "runs" and (run / "config.yaml").is_file():
             plain = (run.parent.parent / "configs" / f"{run.name}.yaml").is_file()
-            return f"CONFIG={run.name}" if plain else f"CONFIG=runs/{run.name}/config.yaml RUN={run.name}"
-    return ""
+            which = f"CONFIG={run.name}" if plain else f"CONFIG=runs/{run.name}/config.yaml RUN={run.name}"
+            make = make if "CONFIG=" in make else f"{make} {which}"
+            return f"run `{make}`", f"run `make mend {which}`, which makes it again"
+    return f"run `{make}`", f"delete that folder and run `{make}`"
 
 
 def load(folder: Path, kind: str | None, made_by: str = "") -> Artifact:
     """Open the artefact in ``folder`` and check every file against its hash.
 
-    ``kind`` is what it must be (None: anything), ``made_by`` names the make target that makes it, for the
-    error message of a missing one. Raises ArtifactError, which names the file that is missing, truncated or
-    changed.
+    ``kind`` is what it must be (None: anything), ``made_by`` the make target that makes it, for the message.
+    Raises ArtifactError, which names the file that is missing, truncated or changed.
     """
-    folder, which = Path(folder), _which(Path(folder))
-    remedy = f"run `make {made_by}" if made_by else "run `make reproduce"
-    remedy += "`" if not which or "CONFIG=" in made_by else f" {which}`"
-    again = f"run `make mend {which}`, which makes it again" if which else f"delete that folder and {remedy}"
+    folder = Path(folder)
+    remedy, again = _remedies(folder, made_by)
     recover(folder)
     if not (folder / "manifest.json").is_file():
         raise ArtifactError(f"There is no {kind or 'whole'} artefact in {folder}", remedy)
 
-    def damaged(what: str, error: Exception | None = None) -> ArtifactError:
-        reason = (
-            what
-            if error is None
-            else f"{what} {error if str(error).startswith('does') else 'cannot be read'}"
-        )
-        return ArtifactError(f"{folder} is damaged ({reason})", again)
+    def damaged(name: str, how: object) -> ArtifactError:
+        return ArtifactError(f"{folder} is damaged ({name} {how})", again)
 
     def opened(name: str) -> dict[str, Any]:
         try:
             return unseal(folder / name)
         except FileNotFoundError as error:
-            raise damaged(f"{name} is missing") from error
+            raise damaged(name, "is missing") from error
         except (OSError, ValueError) as error:
-            raise damaged(name, error) from error
+            raise damaged(name, error if str(error).startswith("does") else "cannot be read") from error
 
     manifest = opened("manifest.json")
     if manifest["schema"] != SCHEMA or kind not in (None, manifest["kind"]):
-        raise ArtifactError(
-            f"{folder} holds a {manifest['kind']} artefact, schema {manifest['schema']}; "
-            f"a {kind or 'new'} artefact, schema {SCHEMA}, is needed",
-            again,
-        )
+        held = f"{folder} holds a {manifest['kind']} artefact, schema {manifest['schema']}"
+        raise ArtifactError(f"{held}; a {kind or 'new'} artefact, schema {SCHEMA}, is needed", again)
     made = opened("provenance.json")
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file():
-            raise damaged(f"{name} is missing")
+            raise damaged(name, "is missing")
         if sha256_file(folder / name) != digest:
-            raise damaged(f"{name} does not match its hash")
+            raise damaged(name, "does not match its hash")
     return Artifact(folder, manifest, {key: value for key, value in made.items() if key != "hash"})
 
 
@@ -250,13 +214,10 @@ def made(folder: Path, kind: str, parents: dict[str, str]) -> Artifact | None:
 
 
 def sweep(folder: Path) -> None:
-    """Clear away what killed processes left in a run's folder: see :func:`dmsae_lib.store.atomic.sweep`; and
-    the checkpoints of SAEs that are finished."""
+    """:func:`dmsae_lib.store.atomic.sweep`, and of the checkpoints those whose SAEs are finished."""
     atomic.sweep(folder)
     for manifest in Path(folder).rglob(".*.checkpoint/manifest.json"):
-        made = (
-            manifest.parent.with_name(manifest.parent.name[1:].removesuffix(".checkpoint")) / "manifest.json"
-        )
+        sae = manifest.parent.with_name(manifest.parent.name[1:].removesuffix(".checkpoint"))
         with contextlib.suppress(OSError, ValueError):
-            if unseal(made)["parents"] == unseal(manifest)["parents"]:
+            if unseal(sae / "manifest.json")["parents"] == unseal(manifest)["parents"]:
                 remove(manifest.parent)

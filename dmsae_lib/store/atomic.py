@@ -1,5 +1,4 @@
-"""Files and folders that are replaced whole or not at all, whatever comes between: a kill, a full disk, a
-power cut.
+"""Files and folders replaced whole or not at all, whatever comes between: a kill, a full disk, a power cut.
 
 Everything new is written beside its place under a hidden name, forced to the disk, and renamed. What a killed
 process leaves behind carries one of the endings in ``LEFT_OVER`` and is found again by :func:`sweep`.
@@ -12,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,13 @@ class UserError(ValueError):
     """Something the user can mend; the message is one sentence that says what and how."""
 
 
+NO_PERMISSION = "there is no permission to write there: change the folder's permissions or the run's place"
 REASONS = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
     errno.EFBIG: "the file size limit is reached: raise it (ulimit -f) and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-    errno.EACCES: "there is no permission to write there: change the folder's permissions or the run's place",
-    errno.EPERM: "there is no permission to write there: change the folder's permissions or the run's place",
+    errno.EACCES: NO_PERMISSION,
+    errno.EPERM: NO_PERMISSION,
     errno.EROFS: "the file system is read-only: clone the repository to a place that can be written",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
 }
@@ -37,27 +37,10 @@ REASONS = {
 
 def _error_number(error: Exception) -> int | None:
     """The error number of a failed write, also where safetensors puts it: in its text."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = (
-        re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    )
+    if isinstance(error, OSError) or type(error).__name__ != "SafetensorError":
+        return getattr(error, "errno", None)
+    found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
-
-
-@contextlib.contextmanager
-def explain_errors(what: str, remedy: str) -> Iterator[None]:
-    """UserError "``what`` (kind: first line); ``remedy``." for what a library raises inside the block.
-
-    For libraries whose kinds of exceptions are many and change from release to release.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        said = ": " + str(error).strip().partition("\n")[0].rstrip(".")[:160]
-        raise UserError(f"{what} ({type(error).__name__}{said.rstrip(': ')}); {remedy}.") from error
 
 
 @contextlib.contextmanager
@@ -76,7 +59,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def flush(*paths: Path) -> None:
-    """Force files, and folders as lists of names, to the disk."""
+    """Force files, and folders' lists of names, to the disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -117,7 +100,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def delete(path: Path) -> None:
-    """Remove a folder, a file, or a link (never what it points to); nothing happens where there is none.
+    """Remove a folder, a file, or a link (never what it points to), if there is one.
 
     A folder first loses its name, so that a kill halfway leaves no half of it where the whole is looked for.
     """
@@ -146,14 +129,18 @@ def _same(descriptor: int, path: Path) -> bool:
         return False
 
 
-def hold(path: Path, opened: Callable[[], int]) -> int | None:
-    """Open ``path`` by ``opened`` and lock it for this process; None where a living process has it.
+def hold(path: Path, flags: int = os.O_RDONLY) -> int | None:
+    """Open ``path``, made a folder where it is missing, and lock it; None where a living process has it.
 
     The kernel holds the lock (flock) and frees it when the last process with the descriptor ends, however
     that ends. On a file system without such locks nothing is held.
     """
     while True:
-        descriptor = opened()
+        (path.parent if flags & os.O_CREAT else path).mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, flags, 0o644)
+        except FileNotFoundError:
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -167,26 +154,13 @@ def hold(path: Path, opened: Callable[[], int]) -> int | None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[Path]:
-    """An empty folder beside ``folder`` to fill, for this process alone; removed at the end unless it was
-    renamed.
-
-    Raises UserError where a living process is filling it.
-    """
+def _claimed(folder: Path) -> Iterator[Path]:
+    """The folder beside ``folder`` that becomes it, for this process alone; removed unless it was renamed."""
     place = _beside(folder, "writing")
-
-    def opened() -> int:
-        while True:
-            place.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                return os.open(place, os.O_RDONLY)
-
-    descriptor = hold(place, opened)
+    descriptor = hold(place)
     if descriptor is None:
         raise UserError(f"{folder} is being written by another process: wait until that has ended.")
     try:
-        for left in place.iterdir():  # by a writer that was killed
-            delete(left)
         yield place
     finally:
         if _same(descriptor, place):
@@ -194,58 +168,47 @@ def claimed(folder: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def put(new: Path, folder: Path) -> None:
-    """Let the finished folder ``new`` take the place of ``folder``."""
-    old = _beside(folder, "old")
-    flush(*(path for path in new.rglob("*") if not path.is_symlink()), new)
-    recover(folder)
-    delete(old)
-    if folder.exists() or folder.is_symlink():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    flush(folder.parent)
-    delete(old)
+def _back(folders: tuple[Path, ...]) -> None:
+    """Put back what was moved aside."""
+    for folder in folders:
+        if (old := _beside(folder, "old")).exists():
+            delete(folder)
+            os.replace(old, folder)
 
 
 @contextlib.contextmanager
-def replacing(folders: list[Path]) -> Iterator[list[Path]]:
-    """New versions of ``folders`` are filled inside the block and take their places together, or not at all.
+def replacing(*folders: Path) -> Iterator[list[Path]]:
+    """Empty folders to fill, which take the places of ``folders`` together when the block ends well.
 
-    A kill between the first rename and the last is undone by the next call.
+    Otherwise all stay as they were; what a kill left half replaced, the next call puts back. Raises UserError
+    where another living process is filling one of them.
     """
-    new, old = ([_beside(folder, ending) for folder in folders] for ending in ("new", "old"))
-
-    def back() -> None:
-        for folder, before in zip(folders, old):
-            if before.exists():
-                delete(folder)
-                os.replace(before, folder)
-
-    try:
-        back()
-        for path in new:
-            delete(path)
-            path.mkdir(parents=True)
+    with contextlib.ExitStack() as claims:
+        new = [claims.enter_context(_claimed(folder)) for folder in folders]
+        if any(any(place.iterdir()) for place in new):  # a writer was killed before its last rename
+            _back(folders)
+        for folder, place in zip(folders, new):
+            recover(folder)
+            delete(_beside(folder, "old"))
+            for left in place.iterdir():
+                delete(left)
         yield new
-        for path in new:
-            flush(*path.rglob("*"), path)
-        made = [folder for folder in folders if not folder.exists()]
+        for place in new:
+            flush(*(path for path in place.rglob("*") if not path.is_symlink()), place)
+        first = [folder for folder in folders if not folder.exists()]
         try:
-            for i, folder in enumerate(folders):
-                if folder.exists():
-                    os.replace(folder, old[i])
-                os.replace(new[i], folder)
+            for folder, place in zip(folders, new):
+                if folder.exists() or folder.is_symlink():
+                    os.replace(folder, _beside(folder, "old"))
+                os.replace(place, folder)
         except BaseException:
-            for folder in made:
+            for folder in first:
                 delete(folder)
-            back()
+            _back(folders)
             raise
         flush(*{folder.parent for folder in folders})
-        for path in old:
-            delete(path)
-    finally:
-        for path in new:
-            shutil.rmtree(path, ignore_errors=True)
+        for folder in folders:
+            delete(_beside(folder, "old"))
 
 
 def sweep(folder: Path) -> None:
@@ -258,11 +221,12 @@ def sweep(folder: Path) -> None:
             if not (name.startswith(".") and name.endswith(LEFT_OVER) or name.startswith(SCRATCH)):
                 continue
             path = Path(place, name)
-            if name in folders:
-                folders.remove(name)
+            if name in files:
+                path.unlink(missing_ok=True)
+                continue
+            folders.remove(name)
             if name.endswith(".old"):
                 recover(path.with_name(name[1:].removesuffix(".old")))
-            held = hold(path, lambda path=path: os.open(path, os.O_RDONLY)) if path.exists() else None
-            if held is not None:
+            if (held := hold(path)) is not None:
                 delete(path)
                 os.close(held)

@@ -44,9 +44,8 @@ def prepare(threads: int) -> None:
         value = os.environ.get(name, "").strip()
         if threads > 1 and lowers(value, threads):
             raise UserError(
-                f"{name} is {value} in the environment, so that torch would use fewer than the "
-                f"configuration's threads = {threads} and get other last bits: unset {name}, or set threads "
-                "to 1."
+                f"{name} is {value} in the environment, with which torch would use fewer than threads = "
+                f"{threads} and get other last bits: unset {name}, or set threads to 1."
             )
     keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,5 +1,4 @@
-"""Where a result comes from: code, versions, hardware, time. Kept apart from a result's content and its
-hash."""
+"""Where a result comes from: code, versions, hardware, time. Kept apart from its content and its hash."""
 
 import contextlib
 import importlib.metadata
@@ -11,27 +10,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "torch",
-    "transformer-lens",
-    "transformers",
-    "sae-lens",
-    "sae-bench",
-    "sae-probes",
-    "numpy",
-    "safetensors",
-)
+PACKAGES = ("torch", "transformer-lens", "transformers", "sae-lens", "sae-bench", "sae-probes")
+PACKAGES += ("numpy", "safetensors")
 
 
 @cache
 def code_state(root: Path) -> dict[str, Any]:
-    """``{"commit": hash or None, "dirty": bool or None}``; None where the tree has no git history (a zip
-    download)."""
+    """``{"commit": hash, "dirty": bool}``, both None where the tree has no git history (a zip download)."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        ended = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+        return ended.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
@@ -53,13 +42,8 @@ def hardware() -> dict[str, Any]:
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "system": platform.system(),
-        "gpu": gpu,
-    }
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+    return machine | {"system": platform.system(), "gpu": gpu}
 
 
 @cache
@@ -73,12 +57,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance(root: Path, seconds: float) -> dict[str, Any]:
-    """Where a result comes from: code, versions, hardware, time. Kept apart from the content and its hash."""
+    """commit, dirty, created (UTC), seconds, hardware and versions of what has just been computed."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {
-        **code_state(root),
-        "created": now,
-        "seconds": round(seconds, 2),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
+    when = {"created": now, "seconds": round(seconds, 2)}
+    return code_state(root) | when | {"hardware": hardware(), "versions": versions()}

@@ -23,7 +23,7 @@ from dmsae_lib.store.artifacts import (
     write,
     write_json,
 )
-from dmsae_lib.store.atomic import write_text
+from dmsae_lib.store.atomic import replacing, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,27 +93,57 @@ def test_a_kill_inside_leaves_the_old_one(made):
 
 
 @pytest.mark.parametrize("then", ["load", "write", "failing write"])
-def test_interrupted_between_the_two_renames_the_old_one_comes_back(made, monkeypatch, then):
-    real, moves = os.replace, []
-
-    def killed_after_the_first_rename(source, target):
-        if Path(source).is_dir():
-            moves.append(target)
-            if len(moves) == 2:
-                raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", killed_after_the_first_rename)
-    with pytest.raises(KeyboardInterrupt):
-        make(made.folder, 2.0)
-    monkeypatch.setattr(os, "replace", real)
-    assert not made.folder.exists() and len(moves) == 2
+def test_killed_between_the_two_renames_the_old_one_comes_back(made, then):
+    os.replace(made.folder, made.folder.with_name(f".{made.folder.name}.old"))
+    (made.folder.with_name(f".{made.folder.name}.writing") / "half").mkdir(parents=True)
     if then == "write":
         make(made.folder, 2.0)
     elif then == "failing write":
         with pytest.raises(ZeroDivisionError), write(made.folder, "toy"):
             raise ZeroDivisionError
     assert value_of(made.folder) == (2.0 if then == "write" else 1.0)
+
+
+def test_killed_after_both_renames_the_new_one_stays(made):
+    """Also if the next writer is killed before it was done."""
+    old, writing = (made.folder.with_name(f".{made.folder.name}.{ending}") for ending in ("old", "writing"))
+    assert value_of(make(made.folder, 2.0).folder) == 2.0
+    make(old, 1.0)
+    child = os.fork()
+    if not child:
+        with write(made.folder, "toy") as writer:
+            writer.json("metrics.json", {"value": 3.0})
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (writing / "metrics.json").is_file()
+    with pytest.raises(ZeroDivisionError), write(made.folder, "toy"):
+        raise ZeroDivisionError
+    assert value_of(made.folder) == 2.0
+    assert [path.name for path in made.folder.parent.iterdir()] == ["an artefact"]
+
+
+@pytest.mark.parametrize("fatal", [1, 2, 3, 4])
+def test_several_are_replaced_together_or_not_at_all(tmp_path, monkeypatch, fatal):
+    def fill(text: str) -> None:
+        with replacing(*folders) as new:
+            for place in new:
+                (place / "x").write_text(text)
+
+    folders, real, moves = [tmp_path / "a", tmp_path / "b"], os.replace, []
+    fill("old")
+
+    def failing(source, target):
+        moves.append(target)
+        if len(moves) == fatal:
+            raise OSError(5, "broken")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError):
+            fill("new")
+    assert [(folder / "x").read_text() for folder in folders] == ["old", "old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("before", ["whole", "moved aside"])
