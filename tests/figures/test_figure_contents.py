@@ -1,0 +1,254 @@
+"""What each figure shows, against the numbers of the summary that it is drawn from."""
+
+import shutil
+from statistics import fmean
+
+import factory
+import pytest
+from builders.published import REPLICATES, identity, published
+
+from dmsae_lib.config.sections import CONTROLS
+from dmsae_lib.figures import FIGURES
+from dmsae_lib.figures.saebench import reference
+from dmsae_lib.report.results import Results
+from dmsae_lib.report.series import ARMS, KINDS, OTHER_KINDS, kinds, lines, units
+from dmsae_lib.report.verdicts import t_interval
+from dmsae_lib.store.artifacts import UserError
+
+OTHER = OTHER_KINDS[0]  # colour and marker of the ReLU chains
+METRICS = ("loss_increase", "fvu")
+
+
+def points(axes, marker):
+    """(x, y) of the single points with a marker."""
+    single = [line for line in axes.lines if len(line.get_xdata()) == 1 and line.get_marker() == marker]
+    return sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in single)
+
+
+def mean(rows, value, **wanted):
+    """Mean over chains of a value of the retrain rows; each has one training seed."""
+    return fmean(value(row) for row in rows if all(row[key] == item for key, item in wanted.items()))
+
+
+def of_replicates(results):
+    return [row for row in results.summary["retrain"] if row["chain"] in REPLICATES]
+
+
+def legend_of(figure):
+    return {text.get_text() for text in figure.legends[0].get_texts()}
+
+
+@pytest.fixture
+def apart(several):
+    """Results in which the ReLU chains lie far from the others, so that no mean can hide them."""
+    found = Results(several)
+    for row in found.summary["retrain"]:
+        if row["chain"].startswith("relu"):
+            row |= {"loss_increase": 9.0, "fvu": 5.0, "unbound": row["k"] == 64}
+    return found
+
+
+def test_error_bars_say_what_varied(full, several):
+    """Seeds where there is one chain, of which controls have fewer; else chains."""
+    seeds, chains = (
+        FIGURES["3_distilled_vs_random"](Results(folder)).get_label() for folder in (full, several)
+    )
+    assert "95 % t interval over up to 3 training seeds (one distilled core)" in seeds
+    assert "hollow: unbound" in FIGURES["8_quality_vs_l0"](Results(full)).get_label()
+    assert "95 % t interval over 3 distillation chains" in chains and "seeds" not in chains
+
+
+def test_without_seeds_there_are_no_error_bars(smoke):
+    caption = FIGURES["8_quality_vs_l0"](Results(smoke)).get_label().lower()
+    assert "one sae each, no error bars" in caption and "interval" not in caption
+
+
+def test_a_notebook_cell_shows_a_figure(smoke):
+    assert FIGURES["2_core_by_origin"](Results(smoke))._repr_png_().startswith(b"\x89PNG")
+
+
+def test_what_was_not_run_is_said(smoke):
+    figure = FIGURES["4_saebench_vs_l0"](Results(smoke))
+    said = [axes.texts[0].get_text().replace("\n", " ") for axes in figure.axes]
+    assert len(said) == 4 and all("not run" in text for text in said)
+
+
+def test_no_distilled_arm_leaves_its_panel_out(tmp_path):
+    config = factory.config(cycles=1, ks=(64,), seeds=(0,), controls={})
+    config = config.model_copy(update={"retrain": config.retrain.model_copy(update={"arms": ["none"]})})
+    results = Results(published(tmp_path, config, scored=False))
+    assert len(FIGURES["6_core_share_of_k"](results).axes) == 1
+    left_out = [name for name, draw in FIGURES.items() if not draw(results)]
+    assert left_out == ["12_saebench_differences", "14_core_identity"]
+
+
+def test_a_missing_table_is_named(full, tmp_path):
+    copy = shutil.copytree(full, tmp_path / "copy")
+    (copy / "history_cycles.csv").unlink()
+    with pytest.raises(UserError, match="history_cycles.csv is missing.*`make publish`"):
+        FIGURES["7_training_curves"](Results(copy))
+
+
+def test_released_saes_stand_behind_a_run_on_their_model_alone(full):
+    rows = reference(Results(full))
+    assert len(rows) == 7 * 6
+    recovered = [row["loss_recovered"] for row in rows if row["architecture"] == "matryoshka"]  # by L0
+    # as the design of this replication quotes them
+    assert recovered == pytest.approx([0.97347, 0.98490, 0.99067, 0.99424, 0.99642, 0.99808], abs=1e-5)
+    alone = FIGURES["11_paper_scale"](Results(full))
+    assert not any("DMSAE" in name for name in legend_of(alone)) and "no run of ours" in alone.get_label()
+    ours = Results(full)
+    ours.summary["inputs"]["model"]["name"] = "google/gemma-2-2b"
+    figure = FIGURES["11_paper_scale"](ours)
+    assert {"DMSAE (ReLU core)", "released Matryoshka"} <= legend_of(figure)
+    drawn = figure.axes[0].lines
+    behind = max(line.get_zorder() for line in drawn if line.get_label().startswith("released"))
+    mine = [line for line in drawn if len(line.get_xdata()) and line.get_color() == ARMS["distilled"][1]]
+    assert mine and all(line.get_zorder() > behind for line in mine)
+
+
+def test_differences_show_value_and_interval(full):
+    results = Results(full)
+    rows, drawn = results.summary["differences"], FIGURES["12_saebench_differences"](results).axes[0].lines
+    values = {round(float(line.get_xdata()[0]), 6) for line in drawn if len(line.get_xdata()) == 1}
+    assert {round(row["value"], 6) for row in rows} == values
+    bars = {tuple(line.get_xdata()) for line in drawn if len(line.get_xdata()) == 2}
+    assert {tuple(row["interval"]) for row in rows if row["interval"]} <= bars
+
+
+def test_differences_of_one_seed_claim_no_interval(several):
+    figure = FIGURES["12_saebench_differences"](Results(several))
+    caption = figure.get_label().lower()
+    assert "one training seed, no error bars" in caption and "t interval" not in caption
+    assert all(len(line.get_xdata()) == 1 for line in figure.axes[0].lines[1:] if len(line.get_xdata()))
+
+
+def test_arms_differ_in_colour_and_in_marker():
+    looks = [look[1:] for look in ARMS.values()] + list(OTHER_KINDS)
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
+
+
+def test_kinds_of_core_are_told_apart(several):
+    summary = Results(several).summary
+    main, relu = kinds(summary)
+    assert (main.name, list(main.chains)) == (KINDS["batchtopk"], REPLICATES)
+    assert (relu.name, list(relu.chains), (relu.colour, relu.marker)) == ("ReLU", ["relu0", "relu1"], OTHER)
+    for kind in (main, relu):
+        assert {row["chain"] for row in kind.rows} == set(kind.chains)
+    unusual = {"core_bias_init": "match_frequency", "core_decoder_init": "encoder"}
+    chains = summary["chains"]
+    chains |= {"again": chains["seed1"], "biases": chains["relu0"] | unusual}
+    # a chain that repeats another is none of them
+    assert {kind.name: list(kind.chains) for kind in kinds(summary)} == {
+        "equal-L0": REPLICATES,
+        "ReLU": ["relu0", "relu1"],
+        "ReLU, encoder decoder, biases by frequency": ["biases"],
+    }
+
+
+def test_a_line_is_an_arm_of_one_kind_of_core(apart):
+    found = {label: rows for (label, *_), rows in lines(apart.summary)}
+    assert {row["chain"] for row in found["DMSAE (equal-L0 core)"]} == set(REPLICATES)
+    assert {row["chain"] for row in found["DMSAE (ReLU core)"]} == {"relu0", "relu1"} and len(found) == 11
+    with_core = {label for (label, *_), _ in lines(apart.summary, wanted=lambda row: row["arm"] != "none")}
+    assert found.keys() - with_core == {"Matryoshka baseline"}
+    values, varied = units(found["principal components"], lambda row: row["fvu"])
+    assert len(values) == 3 and varied == "distillation chain"
+
+
+def test_quality_shows_means_over_replicates_and_relu_beside(apart):
+    rows = of_replicates(apart)
+    figure = FIGURES["8_quality_vs_l0"](apart)
+    for axes, metric, far in zip(figure.axes[:2], METRICS, (9.0, 5.0)):
+        for arm in ("none", "distilled", "pca", "warm_start"):
+            values = (lambda row: row["L0"]["total"], lambda row, m=metric: row[m])
+            expected = [tuple(mean(rows, value, arm=arm, k=k) for value in values) for k in (64, 96)]
+            assert points(axes, ARMS[arm][2]) == [pytest.approx(pair) for pair in expected]
+        assert [y for _, y in points(axes, OTHER[1])] == [far] * 2
+        marks = [line for line in axes.lines if line.get_marker() == OTHER[1] and len(line.get_xdata())]
+        # unbound at k = 64, not at 96
+        assert [line.get_markerfacecolor() for line in marks] == ["white", OTHER[0]]
+
+
+def test_quality_is_compared_at_measured_l0(apart):
+    """Chain i lies JITTER (i - 1) beyond the effect, the controls a tenth more."""
+    above, _, below, _ = FIGURES["8_quality_vs_l0"](apart).axes
+    gains = [y for _, y in points(below, ARMS["pca"][2])]
+    assert gains == pytest.approx([factory.EFFECT["pca"]] * 2, abs=1e-6)
+    assert not points(below, OTHER[1])  # a ReLU chain has no baseline of its own
+    assert not points(below, ARMS["none"][2]) and above.get_yscale() == "log"
+
+
+def test_controls_show_every_sae_of_the_replicates_with_ranks_and_intervals(apart):
+    figure = FIGURES["3_distilled_vs_random"](apart)
+    rows = [row for row in of_replicates(apart) if row["k"] == 64]
+    for axes, metric in zip(figure.axes, METRICS):
+        for arm in ("none", "distilled", *CONTROLS, "warm_start"):
+            _, colour, marker = ARMS[arm]
+            values = [row[metric] for row in rows if row["arm"] == arm]
+            assert [x for x, _ in points(axes, marker)] == sorted(values) and len(values) == 3
+            bars = [line for line in axes.lines if (line.get_marker(), line.get_color()) == ("|", colour)]
+            expected = [interval] if (interval := t_interval(values)) else []
+            assert [list(line.get_xdata()) for line in bars] == expected
+        assert max(line.get_xdata()[0] for line in axes.lines) < 1  # no ReLU core among them
+    shown = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    l0 = mean(rows, lambda row: row["L0"]["core"], arm="pca")
+    assert f"principal components\nrank 30.0, L0 {l0:.1f} of 63.7" in shown
+    assert "warm start, unfrozen\nno core, L0 63.7" in shown
+
+
+def test_core_share_has_a_line_per_chain_and_a_mean_per_kind(several):
+    results = Results(several)
+    left, right = FIGURES["6_core_share_of_k"](results).axes
+    for kind in kinds(results.summary):
+        drawn = [list(line.get_ydata()) for line in left.lines if line.get_color() == kind.colour]
+        shares = [[row["core_share"] for row in rows] for rows in kind.chains.values()]
+        assert drawn == [*shares, pytest.approx([fmean(values) for values in zip(*shares)])]
+        rows = [row for row in kind.rows if row["arm"] == "distilled"]
+        after = {k: mean(rows, lambda row: row["L0"]["core"] / row["k"], k=k) for k in (64, 96)}
+        assert points(right, kind.marker) == [(k, pytest.approx(share)) for k, share in after.items()]
+    assert {0.75, 1} <= {line.get_ydata()[0] for line in left.lines}
+
+
+def test_reselection_shows_cores_placebos_and_uniform_selection(several):
+    results = Results(several)
+    (axes,) = FIGURES["13_reselected"](results).axes  # placebos run beside the main chain's kind alone
+    named = {line.get_label(): line for line in axes.lines}
+    chains = [rows[1:] for rows in kinds(results.summary)[0].chains.values()]
+    expected = {
+        "distilled core": lambda row: row["kept"] / row["core_in"],
+        "placebo: random activations": lambda row: row["placebos"]["data_points"]["kept"] / row["core_in"],
+        "uniform selection": lambda row: row["core_out"] / (row["core_in"] + factory.M_0),
+    }
+    for label, share in expected.items():
+        assert list(named[label].get_xdata()) == [1, 2]
+        assert list(named[label].get_ydata()) == pytest.approx(
+            [fmean(map(share, rows)) for rows in zip(*chains)]
+        )
+    # a thin line per chain: the core, two kinds of placebo
+    assert sum(line.get_linewidth() < 1 for line in axes.lines) == 3 * 3
+    for chain in (results.summary, *results.summary["chains"].values()):
+        for row in chain["cycles"]:
+            row["placebos"] = {}
+    assert FIGURES["13_reselected"](results) is None
+
+
+def test_identity_shows_every_pair_and_the_chance_of_spans(several):
+    axes = FIGURES["14_core_identity"](Results(several)).axes
+    lanes = {"cores": "distilled", "plain": "none", "random": "random_directions"}
+    for panel, metric in zip(axes, ("cosine", "activation", "span")):
+        for y, (kind, arm) in enumerate(lanes.items()):
+            values = [row[metric] for row in identity() if row["kind"] == kind and row[metric] is not None]
+            drawn = [line for line in panel.lines if line.get_marker() == ARMS[arm][2]]
+            assert [list(line.get_xdata()) for line in drawn] == ([pytest.approx(values)] if values else [])
+            assert all(set(line.get_ydata()) == {y} for line in drawn)
+    chance = [
+        {line.get_xdata()[0] for line in panel.lines if line.get_color() == "#a0a0a0"} for panel in axes
+    ]
+    assert chance == [set(), set(), {0.3}]
+
+
+def test_figure_2_is_about_the_main_chain(several):
+    (axes,) = FIGURES["2_core_by_origin"](Results(several)).axes
+    totals = [sum(bars[t].get_height() for bars in axes.containers) for t in range(3)]
+    assert totals == factory.SIZES[:3]
