@@ -10,7 +10,7 @@ memory and disk to real modules and files. :mod:`benchmarks.sizing_stages` puts 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dmsae_lib.data.language_model import resolve
+from dmsae_lib.data.model_folder import resolve
 from dmsae_lib.sae.entries import SPARSE_BELOW
 from dmsae_lib.store.artifacts import UserError
 

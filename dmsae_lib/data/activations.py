@@ -6,7 +6,7 @@ so any batch can be made again without replaying the ones before.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ ROUNDING = 1e-6  # of a mean square of float32 numbers: a smaller variance is no
 NORM_SAMPLE_ROWS = 64  # contexts from which the median norm is measured
 
 Cursor = tuple[int, int, int]
+Batches = Iterator[tuple[Tensor, Cursor]]
 START: Cursor = (0, 0, 0)
 
 
@@ -32,17 +33,14 @@ def usable_residuals(model: LanguageModel, contexts: Contexts) -> Iterator[Tenso
         yield resid[model.usable(batch, resid)]
 
 
-def finite(x: Tensor, where: str) -> Tensor:
-    """``x`` itself; UserError naming ``where`` if it holds NaN or Inf, which no average or threshold
-    survives."""
-    if not bool(torch.isfinite(x).all()):
+def check_finite(x: Tensor, where: str) -> None:
+    """UserError naming ``where`` if ``x`` (n, d_in) holds NaN or Inf: no average survives them."""
+    if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).any(dim=-1).sum())
         raise UserError(
             f"The residuals of {where} hold NaN or Inf at {bad} of {len(x)} positions: look at model.dtype "
-            "(a "
-            "model trained in float32 may overflow in another) and at the model's weights."
+            "(a model trained in float32 may overflow in another) and at the model's weights."
         )
-    return x
 
 
 def median_norm(model: LanguageModel, contexts: Contexts) -> float:
@@ -51,15 +49,33 @@ def median_norm(model: LanguageModel, contexts: Contexts) -> float:
     return float(torch.cat(norms).median())
 
 
+class _Shards:
+    """Activations on their way to files of SHARD_ROWS rows or a little more."""
+
+    def __init__(self, writer: Writer, dtype: torch.dtype):
+        self.writer, self.dtype, self.count = writer, dtype, 0
+        self.pending: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        self.pending.append(x.cpu())
+        if sum(map(len, self.pending)) >= SHARD_ROWS:
+            self.close()
+
+    def close(self) -> None:
+        if self.pending:
+            x = torch.cat(self.pending).to(self.dtype)
+            self.writer.tensors(f"shard_{self.count:04d}.safetensors", {"x": x})
+            self.pending, self.count = [], self.count + 1
+
+
 def harvest(
     writer: Writer,
     model: LanguageModel,
     splits: dict[str, Contexts],
     data: DataConfig,
-    report=print,
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write tokens, and with ``data.store: disk`` the training residuals, and measure what every later stage
-    shares.
+    """Write tokens, with ``data.store: disk`` the training residuals, and measure what later stages share.
 
     The scale is sqrt(mean ||x||^2) over the training tokens of one cycle, outliers left out; it is measured
     once and stays the same for every cycle and every k. Sets the model's ``outlier_limit``. Returns the
@@ -69,61 +85,50 @@ def harvest(
         contexts.save(writer, name)
     model.outlier_limit = math.inf
     middle = median_norm(model, splits["train"])
-    limit = model.outlier_limit = data.outlier_norm * middle
-    dtype = getattr(torch, model.config.dtype)
-    total, squares, outliers, shard, pending, rows = 0, 0.0, 0, 0, [], 0
+    model.outlier_limit = data.outlier_norm * middle
+    shards = _Shards(writer, getattr(torch, model.config.dtype))
+    rows_read, total, squares, outliers = 0, 0, 0.0, 0
     summed = torch.zeros(model.d_model, dtype=torch.float64)
     for batch, resid in lowered(model, splits["train"]):
         x = resid[model.usable(batch, resid)]
         outliers += int(batch.usable().sum()) - len(x)
-        finite(x, f"the train split, contexts {rows} to {rows + model.config.batch_rows - 1}")
-        rows += model.config.batch_rows
+        check_finite(x, f"the train split, contexts {rows_read} to {rows_read + len(batch) - 1}")
+        rows_read += len(batch)
         x = x[: data.train_tokens - total]
         total += len(x)
         squares += float(x.square().sum(dtype=torch.float64))
         summed += x.sum(0, dtype=torch.float64).cpu()
         if data.store == "disk":
-            pending.append(x.cpu())
-            if sum(map(len, pending)) >= SHARD_ROWS:
-                writer.tensors(f"shard_{shard:04d}.safetensors", {"x": torch.cat(pending).to(dtype)})
-                pending, shard = [], shard + 1
+            shards.add(x)
+            if not shards.pending:
                 report(f"{total:,} of {data.train_tokens:,} activations")
         if total == data.train_tokens:
             break
-    if pending:
-        writer.tensors(f"shard_{shard:04d}.safetensors", {"x": torch.cat(pending).to(dtype)})
-        shard += 1
-    mean = (summed / total).float()
-    if squares / total - float((summed / total).square().sum()) <= ROUNDING * squares / total:
-        raise UserError(
-            f"The residuals at {model.hook_name} are the same at every position: look at the model's "
-            "weights, or "
-            "choose another hook."
-        )
-    writer.tensors("mean.safetensors", {"mean": mean})
-    losses = reference_losses(model, splits["test"], mean.to(model.device))
+    shards.close()
+    mean, square = summed / total, squares / total
+    if square - float(mean.square().sum()) <= ROUNDING * square:
+        what = f"The residuals at {model.hook_name} are the same at every position"
+        raise UserError(f"{what}: look at the model's weights, or choose another hook.")
+    writer.tensors("mean.safetensors", {"mean": mean.float()})
+    losses = reference_losses(model, splits["test"], mean.float().to(model.device))
     if not math.isfinite(sum(losses)):
-        raise UserError(
-            f"The model's loss on the test split is {losses.clean}, and {losses.zero} with the residual set "
-            "to zero: "
-            "look at model.dtype and at the model's weights."
-        )
-    counts = {name: int(contexts.usable_count().sum()) for name, contexts in splits.items()}
+        found = f"{losses.clean}, with the residual set to zero {losses.zero}"
+        what = f"The model's loss on the test split is {found}"
+        raise UserError(f"{what}: look at model.dtype and at the model's weights.")
     return {
-        "n_tokens": counts,
+        "n_tokens": {name: int(contexts.usable_count().sum()) for name, contexts in splits.items()},
         "harvested": total,
-        "shards": shard,
-        "scale": (squares / total) ** 0.5,
+        "shards": shards.count,
+        "scale": square**0.5,
         "median_norm": middle,
-        "outlier_limit": limit,
+        "outlier_limit": model.outlier_limit,
         "outliers_dropped": outliers,
         **{f"{name}_loss": value for name, value in losses._asdict().items()},
     }
 
 
 class Losses(NamedTuple):
-    """Next-token losses of a model on a split, nats: bare, and with the usable positions' residual set to
-    zero or the mean."""
+    """Next-token losses, nats: of the bare model, with the usable residuals set to zero, to their mean."""
 
     clean: float
     zero: float
@@ -145,8 +150,7 @@ def reference_losses(model: LanguageModel, contexts: Contexts, mean: Tensor) -> 
 
 
 class StoredActivations:
-    """The shards of a harvest artefact: one block per epoch, every batch a random draw without
-    replacement."""
+    """The shards of a harvest artefact: an epoch is one block, drawn from at random without replacement."""
 
     def __init__(self, artifact: Artifact, scale: float, device: str = "cpu"):
         names = sorted(name for name in artifact.files if name.startswith("shard_"))
@@ -159,8 +163,7 @@ class StoredActivations:
         return int(self.ends[-1])
 
     def rows(self, index: Tensor) -> Tensor:
-        """Normalised activations (len(index), d_in) float32, in the order of ``index`` (int64, on the
-        CPU)."""
+        """Normalised activations (len(index), d_in) float32, in the order of ``index`` (int64, CPU)."""
         if len(self.shards) == 1:
             x = self.shards[0].index_select(0, index)
         else:
@@ -171,15 +174,12 @@ class StoredActivations:
                 x[here] = shard.index_select(0, index[here] - (self.ends[number] - len(shard)))
         return (x.float() / self.scale).to(self.device)
 
-    def batches(
-        self, batch_size: int, seed: int, name: str, cursor: Cursor = (0, 0, 0)
-    ) -> Iterator[tuple[Tensor, Cursor]]:
+    def batches(self, batch_size: int, seed: int, name: str, cursor: Cursor = START) -> Batches:
         """Endless batches; ``name`` and ``seed`` fix the order, the cursor where to start."""
         if len(self) < batch_size:
             raise UserError(
                 f"training.batch_size is {batch_size}: the harvest holds {len(self)} activations; lower it, "
-                "or "
-                "raise data.train_tokens or data.outlier_norm."
+                "or raise data.train_tokens or data.outlier_norm."
             )
         epoch, _, offset = cursor
         while True:
@@ -192,22 +192,21 @@ class StoredActivations:
 class StreamedActivations:
     """Activations made by the model while they are used: blocks of contexts, shuffled within the block.
 
-    A block's last tokens that do not fill a batch are dropped (below batch_size of about buffer_rows *
-    context_size).
+    A block's last tokens that do not fill a batch are dropped: fewer than batch_size of about
+    buffer_rows * context_size.
     """
 
     def __init__(self, model: LanguageModel, contexts: Contexts, data: DataConfig, scale: float):
         self.model, self.contexts, self.buffer_rows, self.scale = model, contexts, data.buffer_rows, scale
 
     def block(self, rows: Tensor) -> Tensor:
+        """Normalised activations (n, d_in) of the contexts ``rows``, in order."""
         rows = rows.sort().values
         x = torch.cat(list(usable_residuals(self.model, self.contexts[rows])))
-        finite(x, f"contexts {rows[0]} to {rows[-1]} of the train split")
+        check_finite(x, f"contexts {rows[0]} to {rows[-1]} of the train split")
         return x / self.scale
 
-    def batches(
-        self, batch_size: int, seed: int, name: str, cursor: Cursor = (0, 0, 0)
-    ) -> Iterator[tuple[Tensor, Cursor]]:
+    def batches(self, batch_size: int, seed: int, name: str, cursor: Cursor = START) -> Batches:
         """As :meth:`StoredActivations.batches`."""
         epoch, block, offset = cursor
         while True:
@@ -216,9 +215,8 @@ class StreamedActivations:
             while block * self.buffer_rows < len(order):
                 x = self.block(order[block * self.buffer_rows : (block + 1) * self.buffer_rows])
                 served = served or len(x) >= batch_size
-                inner = torch.randperm(len(x), generator=generator(seed, "block", name, epoch, block)).to(
-                    x.device
-                )
+                inner = torch.randperm(len(x), generator=generator(seed, "block", name, epoch, block))
+                inner = inner.to(x.device)
                 for start in range(offset, len(x) - batch_size + 1, batch_size):
                     yield x[inner[start : start + batch_size]], (epoch, block, start + batch_size)
                 block, offset = block + 1, 0

@@ -1,4 +1,4 @@
-"""Text to token ids: documents, their split by hash, and a memory map of contexts.
+"""Text to token ids: where documents come from, and which split each belongs to.
 
 Documents are deduplicated and ordered by the sha256 of their text, which is at once a fixed shuffle and the
 split: near a quarter of the embedded texts occur in several labelled sets, so a split by position would leak.
@@ -6,8 +6,8 @@ Texts that begin alike (:func:`beginning`) go to one split together: a passage w
 with another end.
 """
 
-import contextlib
 import hashlib
+import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ from dmsae_lib.config.sections import DataConfig
 from dmsae_lib.data.contexts import ContextBuilder, Contexts
 from dmsae_lib.data.text_files import clean, file_texts
 from dmsae_lib.store.artifacts import UserError
+from dmsae_lib.store.atomic import explain_errors
 
 SPLITS = ("train", "select", "test")
 DOCUMENTS = 64  # tokenised at a time: a whole batch is read before it is looked whether there is enough
@@ -59,12 +60,15 @@ PROBING_SETS = (
 
 
 def text_digest(text: str) -> bytes:
+    """sha256, of lone surrogates too."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def beginning(text: str) -> bytes:
-    """16 bytes, the same for near-duplicates: a hash of the first LONG casefolded letters and digits of a
-    text, of the first SHORT where it has fewer than LONG; a text without any stands for itself."""
+    """16 bytes, the same for near-duplicates: a hash of a text's first LONG casefolded letters and digits.
+
+    Of the first SHORT where it has fewer than LONG; a text without any stands for itself.
+    """
     found = "".join(itertools.islice(filter(str.isalnum, text.casefold()), LONG))
     return text_digest((found if len(found) == LONG else found[:SHORT]) or text)[:16]
 
@@ -77,23 +81,24 @@ def split_of(digest: bytes) -> str:
 
 def wheel_sets() -> dict[str, Path]:
     """The labelled data sets inside the sae-probes wheel: name to ``.csv.zst`` (columns prompt, target)."""
-    import importlib.util
-
     found = importlib.util.find_spec("sae_probes")  # located, not imported: the import costs seconds
     if found is None or found.origin is None:
         raise UserError(
-            "The package sae-probes, which carries the embedded text, is not installed: run `make setup`."
+            "The package sae-probes, which carries the embedded text, is missing: run `make setup`."
         )
     files = sorted((Path(found.origin).parent / "data" / "cleaned_data").glob("*.csv.zst"))
     return {path.name.removesuffix(".csv.zst"): path for path in files}
 
 
 def embedded_texts() -> list[str]:
-    """Every text of the wheel once, by set and row, but those that begin like one of the probing sets or the
-    sets left out."""
+    """Every text of the wheel once, by set and row, but those that begin like one of the sets withheld.
+
+    Withheld are PROBING_SETS and the sets LEFT_OUT.
+    """
     import pandas as pd
 
-    kept, withheld = {}, set()
+    kept: dict[str, None] = {}
+    withheld: set[bytes] = set()
     for name, path in wheel_sets().items():
         texts = dict.fromkeys(pd.read_csv(path, usecols=["prompt"])["prompt"].astype(str))
         if name in PROBING_SETS or any(word in name for word in LEFT_OUT):
@@ -103,11 +108,11 @@ def embedded_texts() -> list[str]:
     return [text for text in kept if beginning(text) not in withheld]
 
 
-def _file_texts(path: Path, field: str) -> Iterator[str]:
-    """The documents of one .txt or .jsonl file, or of all of them in a folder, in the order of their
-    names."""
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
-    if not files or files[0].suffix not in (".txt", ".jsonl"):
+def _local_texts(path: Path, field: str) -> Iterator[str]:
+    """The documents of a .txt or .jsonl file, or of all of them in a folder, in the order of their names."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in found if file.suffix in (".txt", ".jsonl")]
+    if not files:
         raise UserError(
             f"data.source is {path}: it holds no .txt or .jsonl file; give one, or a folder of them."
         )
@@ -119,35 +124,25 @@ def _hub_texts(data: DataConfig) -> Iterator[str]:
     """The documents of a Hub data set, streamed."""
     import datasets
 
+    what = f"data.source is {data.source}: neither a local path nor a Hub data set that can be read"
     remedy = "check the name, data.subset, data.split and the network, or give a local .txt or .jsonl file"
-    try:
-        for row in datasets.load_dataset(
-            data.source, data.subset, split=data.split, streaming=True, trust_remote_code=False
-        ):
-            if not isinstance(row.get(data.text_field), str):
-                raise UserError(
-                    f"data.text_field is {data.text_field}: the rows of {data.source} hold {', '.join(row)}; "
-                    "name "
-                    "the one with the text."
-                )
-            yield clean(row[data.text_field])
-    except UserError:
-        raise
-    except Exception as error:  # the Hub client raises a dozen kinds, from DNS to gated repositories
-        raise UserError(
-            f"data.source is {data.source}: neither a local path nor a Hub data set that can be read "
-            f"({type(error).__name__}); {remedy}."
-        ) from error
+    options = {"split": data.split, "streaming": True, "trust_remote_code": False}
+    with explain_errors(what, remedy):
+        for row in datasets.load_dataset(data.source, data.subset, **options):
+            text = row.get(data.text_field)
+            if not isinstance(text, str):
+                rows = f"the rows of {data.source} hold {', '.join(row)}"
+                raise UserError(f"data.text_field is {data.text_field}: {rows}; name the one with the text.")
+            yield clean(text)
 
 
 def documents(data: DataConfig) -> Iterable[str]:
-    """The documents of ``data.source``: ``embedded``, a local file or folder, or a (streamed) Hub data
-    set."""
+    """The documents of ``data.source``: ``embedded``, a local file or folder, or a Hub data set."""
     if data.source == "embedded":
         return embedded_texts()
     path = Path(data.source).expanduser()
     if path.exists():
-        return _file_texts(path, data.text_field)
+        return _local_texts(path, data.text_field)
     if data.source.startswith((".", "/", "~")) or path.suffix in (".txt", ".jsonl"):
         raise UserError(f"data.source is {data.source}: there is no such file or folder; correct the path.")
     return _hub_texts(data)
@@ -160,15 +155,13 @@ def split_documents(texts: Iterable[str]) -> dict[str, list[str]]:
     ``train`` is ever held out, since the embedded language model has learned from all of those.
     """
     digests = {text_digest(text): text for text in texts}
-    groups: dict[bytes, list[bytes]] = {}
-    for digest, text in digests.items():
-        groups.setdefault(beginning(text), []).append(digest)
-    sides = {
-        digest: min(map(split_of, group), key=SPLITS.index) for group in groups.values() for digest in group
-    }
+    starts = {digest: beginning(text) for digest, text in digests.items()}
+    sides: dict[bytes, str] = {}
+    for digest, start in starts.items():
+        sides[start] = min(sides.get(start, SPLITS[-1]), split_of(digest), key=SPLITS.index)
     split: dict[str, list[str]] = {name: [] for name in SPLITS}
     for digest in sorted(digests):
-        split[sides[digest]].append(digests[digest])
+        split[sides[starts[digest]]].append(digests[digest])
     return split
 
 
@@ -192,56 +185,45 @@ def tokenise(data: DataConfig, tokenizer: Any, context_size: int) -> dict[str, C
     Stops reading as soon as every split has its tokens (``train_tokens * fresh_factor`` for train). Raises
     UserError when the text is too short, naming how many tokens there are.
     """
-    wanted = {
-        "train": data.train_tokens * data.fresh_factor,
-        "select": data.select_tokens,
-        "test": data.test_tokens,
-    }
+    sizes = (data.train_tokens * data.fresh_factor, data.select_tokens, data.test_tokens)
+    wanted = dict(zip(SPLITS, sizes))
     builders = {name: ContextBuilder(context_size, data.packing, tokenizer.bos_token_id) for name in SPLITS}
-    texts = documents(data)
-    if data.source == "embedded" or Path(data.source).expanduser().exists():
-        pairs: Iterable[tuple[str, str]] = (
-            (s, t) for s, found in split_documents(texts).items() for t in found
-        )
-    else:
-        pairs = _streamed_documents(texts)
-    with _quiet(tokenizer):
-        for split, batch in _batched(pairs, lambda s: builders[s].usable < wanted[s]):
-            for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-                builders[split].add(ids)
-            if all(builders[name].usable >= wanted[name] for name in SPLITS):
-                break
+    pending: dict[str, list[str]] = {name: [] for name in SPLITS}
+
+    def enough(name: str) -> bool:
+        return builders[name].usable >= wanted[name]
+
+    def add_pending(name: str) -> None:
+        # not verbose: we cut long documents ourselves
+        for ids in tokenizer(pending[name], add_special_tokens=False, verbose=False)["input_ids"]:
+            builders[name].add(ids)
+        pending[name] = []
+
+    for name, text in _split_texts(data):
+        if text and not enough(name):
+            pending[name].append(text)
+            if len(pending[name]) == DOCUMENTS:
+                add_pending(name)
+                if all(map(enough, SPLITS)):
+                    break
     for name, builder in builders.items():
+        if pending[name]:
+            add_pending(name)
         builder.close_row()
-        if builder.usable < wanted[name]:
+        if not enough(name):
+            found = f"the {name} split of {data.source} holds {builder.usable}"
             raise UserError(
-                f"data.{name}_tokens asks for {wanted[name]} tokens but the {name} split of {data.source} "
-                f"holds {builder.usable}; lower it, or give more text (documents go to the splits by their "
-                "hash, those "
-                "that begin alike together)."
+                f"data.{name}_tokens asks for {wanted[name]} tokens but {found}; lower it, or give more text "
+                "(documents go to the splits by their hash)."
             )
     return {name: builder.contexts() for name, builder in builders.items()}
 
 
-def _batched(
-    pairs: Iterable[tuple[str, str]], wants, size: int = DOCUMENTS
-) -> Iterator[tuple[str, list[str]]]:
-    pending: dict[str, list[str]] = {name: [] for name in SPLITS}
-    for split, text in pairs:
-        if text and wants(split):
-            pending[split].append(text)
-            if len(pending[split]) == size:
-                yield split, pending[split]
-                pending[split] = []
-    yield from ((split, batch) for split, batch in pending.items() if batch)
-
-
-@contextlib.contextmanager
-def _quiet(tokenizer: Any) -> Iterator[None]:
-    """Documents longer than the model's context are cut by us, so the tokenizer's warning about them is
-    noise."""
-    limit, tokenizer.model_max_length = tokenizer.model_max_length, int(1e30)
-    try:
-        yield
-    finally:
-        tokenizer.model_max_length = limit
+def _split_texts(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """(split, text) of every document: by split and hash where the source is at hand, else as they come."""
+    texts = documents(data)
+    if data.source == "embedded" or Path(data.source).expanduser().exists():
+        for name, found in split_documents(texts).items():
+            yield from ((name, text) for text in found)
+    else:
+        yield from _streamed_documents(texts)

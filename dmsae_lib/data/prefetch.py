@@ -14,9 +14,9 @@ END = object()
 def prefetched(items: Iterator[Item], ahead: int) -> Iterator[Item]:
     """The same items in the same order, at most ``ahead`` of them made before they are asked for; 0: none.
 
-    An exception of ``items`` comes out where its item would have. Closing the result waits for nothing but the
-    item that is being made. The thread takes over the caller's number of numerical threads, which decides the
-    last bits of what it computes. On a CPU it competes with the training for the cores.
+    An exception of ``items`` comes out where its item would have. Closing the result waits for nothing but
+    the item that is being made. The thread takes over the caller's number of numerical threads, which decides
+    the last bits of what it computes. On a CPU it competes with the training for the cores.
     """
     if ahead == 0:
         yield from items

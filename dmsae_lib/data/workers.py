@@ -23,14 +23,15 @@ _model: LanguageModel  # of a worker
 
 
 class Workers:
-    """``n`` processes that hold ``model``, started at the first call; this process alone if n is 1 or on a GPU."""
+    """``n`` processes that hold ``model``, started at the first call; this one alone if n is 1 or on a
+    GPU."""
 
     def __init__(self, model: LanguageModel, n: int = 1):
         self.model, self.n = model, n if model.device == "cpu" else 1
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, work: Work, items: Mapping[Key, Any]) -> Iterator[tuple[Key, Any]]:
-        """``(key, work(model, item))`` of all items, each as soon as it is there; an exception of one ends it.
+        """``(key, work(model, item))`` of all items, each as soon as it is there; one exception ends it.
 
         ``work``: a module's function, or a ``functools.partial`` of one. UserError where a worker was killed.
         """
@@ -46,8 +47,8 @@ class Workers:
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"One of {self.n} worker processes was killed, most likely for want of memory: lower threads, "
-                "which is their number, and run the same command again."
+                f"One of {self.n} worker processes was killed, most likely for want of memory: lower "
+                "threads, which is their number, and run the same command again."
             ) from error
         finally:
             for future in futures:

@@ -33,7 +33,8 @@ from torch import Tensor
 
 import dmsae_lib
 from dmsae_lib.config.run import Run
-from dmsae_lib.data.language_model import LanguageModel, model_hash, resolve
+from dmsae_lib.data.language_model import LanguageModel
+from dmsae_lib.data.model_folder import model_hash, resolve
 from dmsae_lib.distill.core import Latent, final_core, read_core
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import ArtifactError, UserError, sealed, sha256_file, unseal

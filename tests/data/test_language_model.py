@@ -13,13 +13,8 @@ from tiny_models import BOS, EOS, save_model
 from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data import language_model
 from dmsae_lib.data.contexts import Contexts
-from dmsae_lib.data.language_model import (
-    LanguageModel,
-    load_tokenizer,
-    model_hash,
-    next_token_loss,
-    resolve,
-)
+from dmsae_lib.data.language_model import LanguageModel, next_token_loss
+from dmsae_lib.data.model_folder import load_tokenizer, model_hash, resolve
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_gemma2"])

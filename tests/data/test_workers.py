@@ -98,9 +98,8 @@ def alive(pid: int) -> bool:
 def test_workers_do_not_outlive_a_killed_parent(folder, tmp_path):
     script, files = tmp_path / "parent.py", [tmp_path / "first", tmp_path / "second"]
     script.write_text(PARENT)
-    parent = subprocess.Popen(
-        [sys.executable, script, folder, *files], env=os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent}:{HERE.parents[1]}"}
-    )
+    path = ":".join(map(str, (HERE, HERE.parent, HERE.parents[1])))
+    parent = subprocess.Popen([sys.executable, script, folder, *files], env=os.environ | {"PYTHONPATH": path})
     try:
         deadline = time.monotonic() + 120
         while not all(path.exists() and path.read_text() for path in files):

@@ -98,7 +98,7 @@ def test_letters_are_single_tokens_and_any_text_comes_back(tokenizer):
 
 
 def test_the_embedded_model_has_the_letters_too():
-    from dmsae_lib.data.language_model import load_tokenizer, resolve
+    from dmsae_lib.data.model_folder import load_tokenizer, resolve
 
     embedded = load_tokenizer(resolve("wheeltext-4x128"))
     assert all(len(embedded(letter, add_special_tokens=False)["input_ids"]) == 1 for letter in LETTERS)
