@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from dmsae_lib.config.run import Run
@@ -13,22 +14,15 @@ from dmsae_lib.store.artifacts import UserError, explain_os_errors, sweep
 from dmsae_lib.store.atomic import hold
 
 
-def _age(seconds: float) -> str:
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0, seconds):.0f} seconds"
-
-
 def _owner(path: Path) -> str:
     """Who wrote the lock file, since when, and whether that process is still there."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
         pid, host, since = int(owner["process"]), str(owner["host"]), float(owner["since"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return "another process"
-    started = time.strftime("%d %b %H:%M", time.localtime(since))
-    text = f"process {pid} on {host} since {started} ({_age(time.time() - since)})"
+    started, age = datetime.fromtimestamp(since), timedelta(seconds=max(0, round(time.time() - since)))
+    text = f"process {pid} on {host} since {started:%d %b %H:%M} ({age} ago)"
     if host == socket.gethostname():
         try:
             os.kill(pid, 0)
@@ -40,8 +34,7 @@ def _owner(path: Path) -> str:
 
 
 def lock(run: Run) -> int:
-    """Take the run for this process and the ones it starts, and clear away what killed ones left; returns the
-    lock.
+    """Take the run for this process and those it starts, clear away what killed ones left; returns the lock.
 
     The kernel holds the lock (flock), so it goes with its last holder, however that ends: none is ever left
     over. Raises UserError naming the owner and its age where another process has it.
