@@ -11,7 +11,7 @@ from pathlib import Path
 
 import factory
 import pytest
-from clone import write_notebook
+from builders.clone import write_notebook
 
 from dmsae_lib.command import manage
 from dmsae_lib.command.plan import states, write_plan

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from clone import ROOT, TOY, make, make_clone, planned, write_script
+from builders.clone import ROOT, TOY, make, make_clone, planned, write_script
 
 from dmsae_lib.command.plan import states
 from dmsae_lib.command.run_notebook import check_parameters, parameters_of

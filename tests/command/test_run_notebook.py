@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from clone import ROOT, make, make_clone, planned, write_notebook
+from builders.clone import ROOT, make, make_clone, planned, write_notebook
 from papermill.exceptions import PapermillExecutionError
 
 from dmsae_lib.command.run_notebook import (

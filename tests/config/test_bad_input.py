@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clone import make, make_clone
+from builders.clone import make, make_clone
 from tiny_models import save_model
 
 from dmsae_lib.command.run_notebook import check_parameters

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from limits import file_size_limit, without_permission
+from builders.limits import file_size_limit, without_permission
 
 from dmsae_lib.store import artifacts, atomic
 from dmsae_lib.store.artifacts import (

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.nn.functional as F
-from tiny_run import execute, open_tiny, write_settings
+from builders.run import execute, open_tiny, write_settings
 
 from dmsae_lib.command.plan import stages
 from dmsae_lib.config.run import open_run

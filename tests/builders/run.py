@@ -20,7 +20,7 @@ from dmsae_lib.command.plan import Stage, stages, write_plan
 from dmsae_lib.config.run import Run, open_run
 from dmsae_lib.store import artifacts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EVERY_STEP = 1e-9  # checkpoint_seconds
 TINY = {
     "threads": 1,

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = (
     "01_harvest",
     "02_train_cycle",
