@@ -44,6 +44,21 @@ def _error_number(error: Exception) -> int | None:
 
 
 @contextlib.contextmanager
+def explain_errors(what: str, remedy: str) -> Iterator[None]:
+    """UserError "``what`` (kind: first line); ``remedy``." for what a library raises inside the block.
+
+    For libraries whose kinds of exceptions are many and change from release to release.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = ": " + str(error).strip().partition("\n")[0].rstrip(".")[:160]
+        raise UserError(f"{what} ({type(error).__name__}{said.rstrip(': ')}); {remedy}.") from error
+
+
+@contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn the failures of writing to ``path`` that the user can mend into one sentence, a UserError."""
     try:
