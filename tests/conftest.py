@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -113,20 +112,3 @@ def random_split():
         return Contexts(torch.from_numpy(tokens), torch.from_numpy(lengths), 0)
 
     return make
-
-
-@pytest.fixture
-def no_network_nor_sweeping(monkeypatch, tmp_path_factory):
-    """For evals that look for the Hub: there is none, and sae_bench's garbage is left lying."""
-    import datasets.config
-
-    def refuse(*_):
-        raise OSError("no network in this test")
-
-    # sae_bench calls it all the time, a third of a second each
-    monkeypatch.setattr("gc.collect", lambda *_: 0)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(
-        datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets cache")
-    )

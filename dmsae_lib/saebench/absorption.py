@@ -22,29 +22,27 @@ import torch
 from torch import Tensor
 
 from dmsae_lib.data.language_model import LanguageModel
-from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.saebench.adapter import Adapter, NotRun, cache_name, undisturbed
-from dmsae_lib.store.artifacts import Artifact, load, write
+from dmsae_lib.data.workers import Workers
+from dmsae_lib.saebench.adapter import SAE, Adapter, cache_name, undisturbed
+from dmsae_lib.saebench.runner import Bench, NotRun, Row
+from dmsae_lib.store.artifacts import Artifact, load, made, write
 
 NAME = "dmsae"  # of the SAE, where sae_bench asks for one
+KIND = "absorption_probes"
 EXAMPLES = 10  # solved ones per prompt: run_feature_absortion_experiment in sae_bench/evals/absorption
 # of train_and_save_probes in its common.py
 PROBE = {"num_classes": 26, "batch_size": 64, "num_epochs": 50, "lr": 1e-2}
 STEPS_PER_EPOCH = 20  # at least, of the sparse probes
+# sae_bench's names: its columns
 METRICS = {
     "full_absorption_score": "full_absorption_rate",
     "absorption_fraction_score": "mean_absorption_fraction",
     "num_split_features": "num_split_feats",
-}  # sae_bench's names: its columns
+}
 DETAIL = (*METRICS.values(), "num_full_absorption", "num_probe_true_positives", "one_latent_f1")
 RECORDED = (
-    "max_k_value",
-    "f1_jump_threshold",
-    "k_sparse_probe_l1_decay",
-    "k_sparse_probe_num_epochs",
-    "k_sparse_probe_batch_size",
-    "min_GT_probe_f1",
-    "min_feats_for_eval",
+    *("max_k_value", "f1_jump_threshold", "min_GT_probe_f1", "min_feats_for_eval"),
+    *(f"k_sparse_probe_{name}" for name in ("l1_decay", "num_epochs", "batch_size")),
 )
 
 
@@ -64,11 +62,17 @@ class Prompts:
 
     def run_with_cache(self, texts: list[str], names_filter: list[str]) -> tuple[None, dict[str, Tensor]]:
         """``(None, {hook: (texts, tokens, d_model)})``; the texts have equally many tokens."""
-        (hook,) = names_filter
-        assert hook == self.model.hook_name
-        return None, {
-            hook: self.model.lower(torch.cat([self.to_tokens(text) for text in texts]).to(self.model.device))
-        }
+        assert names_filter == [self.model.hook_name]
+        tokens = torch.cat([self.to_tokens(text) for text in texts])
+        return None, {self.model.hook_name: self.model.lower(tokens.to(self.model.device))}
+
+    def residuals(self, texts: list[str], position: int) -> Tensor:
+        """(texts, d_model) float32 on the CPU, at a position."""
+        rows, hook = self.model.config.batch_rows, self.model.hook_name
+        batches = (texts[i : i + rows] for i in range(0, len(texts), rows))
+        return torch.cat(
+            [self.run_with_cache(batch, [hook])[1][hook][:, position].cpu() for batch in batches]
+        )
 
 
 def spelling_words(model: LanguageModel, template: str) -> tuple[list[str], int]:
@@ -76,8 +80,7 @@ def spelling_words(model: LanguageModel, template: str) -> tuple[list[str], int]
     stands.
 
     That is all of the vocabulary that consists of letters, sorted; tokens that the tokenizer never gives for
-    their own text are left out. Raises NotRun where " A" to " Z", the answers, are not one token each:
-    sae_bench's prompts must be equally long.
+    their own text are left out. Raises NotRun where " A" to " Z", the answers, are not one token each.
     """
     from sae_bench.evals.absorption.vocab import LETTERS_UPPER, get_alpha_tokens
 
@@ -86,20 +89,18 @@ def spelling_words(model: LanguageModel, template: str) -> tuple[list[str], int]
     def line(word: str, answer: str = "") -> int:
         return len(ids("\n" + template.format(word=word) + answer))
 
-    wrong = [letter for letter in LETTERS_UPPER if line("a", f" {letter}\n") != line("a", "\n") + 1]
-    if wrong:
+    if wrong := [letter for letter in LETTERS_UPPER if line("a", f" {letter}\n") != line("a", "\n") + 1]:
         raise NotRun(
             f'the tokenizer of {model.config.name} has no single token for the answer " {wrong[0]}" '
             f"({len(wrong)} of the 26 letters), and sae_bench's prompts must be equally long"
         )
     lengths = {word: line(word) for word in sorted(set(get_alpha_tokens(model.tokenizer)))}
     words = [word for word, length in lengths.items() if length == min(lengths.values())]
-    position = len(ids(f"\n{words[0]}")) - lengths[words[0]] - 1
-    return words, position
+    return words, len(ids(f"\n{words[0]}")) - lengths[words[0]] - 1
 
 
-def prepare_absorption(model: LanguageModel, cache: Path, seed: int) -> Artifact:
-    """The ground-truth probes of a model, made once below ``cache`` and shared by all SAEs: call it before
+def prepare_absorption(workers: Workers, bench: Bench, seed: int) -> Artifact:
+    """The ground-truth probes of a model, made once in the cache and shared by all SAEs: call it before
     workers do.
 
     Holds ``words.json`` {position, train and test: [[word, letter as 0..25]], probe_f1: {letter: F1 on the
@@ -107,9 +108,10 @@ def prepare_absorption(model: LanguageModel, cache: Path, seed: int) -> Artifact
     (26,)}. ``seed`` decides the split (4 : 1), the examples in the prompts, and the order of training. Raises
     NotRun where the model's tokenizer or context does not allow the prompts.
     """
-    place = Path(cache) / f"absorption_{cache_name(model)}_{model.hook_name}_seed{seed}"
-    if place.exists():
-        return load(place, "absorption_probes")
+    model = workers.model
+    place = bench.cache / f"absorption_{cache_name(model)}_{model.hook_name}_seed{seed}"
+    if known := made(place, KIND, {"model": model.hash}):
+        return known
     with undisturbed():
         import pandas as pd
         from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
@@ -121,66 +123,46 @@ def prepare_absorption(model: LanguageModel, cache: Path, seed: int) -> Artifact
         from sae_bench.evals.absorption.prompting import first_letter_formatter
         from sae_bench.evals.absorption.vocab import LETTERS
 
-        template, prompts = AbsorptionEvalConfig().prompt_template, Prompts(model)
+        template, prompts, device = (
+            AbsorptionEvalConfig().prompt_template,
+            Prompts(model),
+            torch.device(model.device),
+        )
         words, position = spelling_words(model, template)
         random.seed(seed)
         torch.manual_seed(seed)
-        parts = dict(
-            zip(
-                ("train", "test"),
-                create_dataset_probe_training(
-                    words,
-                    first_letter_formatter(),
-                    num_prompts_per_token=1,
-                    base_template=template,
-                    max_icl_examples=EXAMPLES,
-                ),
-            )
+        drawn = create_dataset_probe_training(
+            words,
+            first_letter_formatter(),
+            num_prompts_per_token=1,
+            base_template=template,
+            max_icl_examples=EXAMPLES,
         )
-        longest = max(
-            prompts.to_tokens(prompt.base).shape[1] for part in parts.values() for prompt, _ in part
-        )
+        texts = [[prompt.base for prompt, _ in part] for part in drawn]
+        longest = max(prompts.to_tokens(text).shape[1] for part in texts for text in part)
         if longest > model.config.context_size:
+            limit = model.config.context_size
+            raise NotRun(f"the prompts have {longest} tokens, more than model.context_size, {limit}")
+        if missing := [LETTERS[i] for i in sorted(set(range(26)) - {letter for _, letter in drawn[0]})]:
             raise NotRun(
-                f"the prompts have {longest} tokens, more than model.context_size, "
-                f"{model.config.context_size}"
-            )
-        if missing := [LETTERS[i] for i in sorted(set(range(26)) - {letter for _, letter in parts["train"]})]:
-            raise NotRun(
-                f"no word of the train split starts with {missing[0]!r} ({len(words)} words, {len(missing)} "
-                "letters "
+                f"no word of the train split starts with {missing[0]!r} ({len(words)} words, {len(missing)} letters "
                 "missing), so that there is no probe for it"
             )
-        acts = {
-            name: _residuals(prompts, [prompt.base for prompt, _ in part], position)
-            for name, part in parts.items()
-        }
-        frames = [pd.DataFrame({"answer_class": [letter for _, letter in part]}) for part in parts.values()]
-        probe, _ = train_linear_probe_for_task(
-            *frames, torch.device(model.device), acts["train"].numpy(), acts["test"].numpy(), **PROBE
-        )
+        x_train, x_test = (prompts.residuals(part, position) for part in texts)
+        frames = [pd.DataFrame({"answer_class": [letter for _, letter in part]}) for part in drawn]
+        probe, _ = train_linear_probe_for_task(*frames, device, x_train.numpy(), x_test.numpy(), **PROBE)
         target = torch.from_numpy(frames[1]["answer_class"].to_numpy())
-        stats = gen_probe_stats(probe, acts["test"], target, threshold=0.0, device=torch.device(model.device))
-    with write(place, "absorption_probes", {"model": model.hash}) as writer:
-        writer.tensors(
-            "probes.safetensors",
-            {"x_train": acts["train"], "x_test": acts["test"], "weight": probe.weights, "bias": probe.biases},
-        )
-        found = {name: [[prompt.word, letter] for prompt, letter in part] for name, part in parts.items()}
-        writer.json(
-            "words.json", {"position": position, **found, "probe_f1": {one.letter: one.f1 for one in stats}}
-        )
-    return load(place, "absorption_probes")
+        stats = gen_probe_stats(probe, x_test, target, threshold=0.0, device=device)
+    train, test = ([[prompt.word, letter] for prompt, letter in part] for part in drawn)
+    probe_f1 = {one.letter: one.f1 for one in stats}
+    weights = {"weight": probe.weights, "bias": probe.biases}
+    with write(place, KIND, {"model": model.hash}) as writer:
+        writer.tensors("probes.safetensors", {"x_train": x_train, "x_test": x_test} | weights)
+        writer.json("words.json", {"position": position, "train": train, "test": test, "probe_f1": probe_f1})
+    return load(place, KIND)
 
 
-def _residuals(prompts: Prompts, texts: list[str], position: int) -> Tensor:
-    """(texts, d_model) float32 on the CPU."""
-    rows, hook = prompts.model.config.batch_rows, prompts.model.hook_name
-    batches = (texts[i : i + rows] for i in range(0, len(texts), rows))
-    return torch.cat([prompts.run_with_cache(batch, [hook])[1][hook][:, position].cpu() for batch in batches])
-
-
-def run_absorption(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: int) -> dict[str, Any]:
+def run_absorption(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> Row:
     """sae_bench's absorption scores of an SAE.
 
     ``metrics``: means over the letters whose ground-truth probe passes (F1 > 0.6) of
@@ -196,8 +178,9 @@ def run_absorption(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: 
     everything random is seeded. Raises NotRun as :func:`prepare_absorption` does, and for an SAE of fewer
     than 10 latents.
     """
-    known = prepare_absorption(model, cache, seed)
-    probe_f1 = known.json("words.json")["probe_f1"]
+    known = prepare_absorption(Workers(model), bench, seed)
+    words = known.json("words.json")
+    probe_f1 = words["probe_f1"]
     with undisturbed():
         from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 
@@ -206,38 +189,36 @@ def run_absorption(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: 
         if len(passed) < config.min_feats_for_eval:
             why = (
                 f"the ground-truth probes reach F1 > {config.min_GT_probe_f1} on {len(passed)} of 26 letters "
-                f"(mean F1 {np.mean(list(probe_f1.values())):.2f}) and sae_bench wants "
-                f"{config.min_feats_for_eval}: the residual stream of {model.config.name} at "
-                f"{model.hook_name} does not tell how words are spelt"
+                f"(mean F1 {np.mean(list(probe_f1.values())):.2f}) and sae_bench wants {config.min_feats_for_eval}: "
+                f"the residual stream of {model.config.name} at {model.hook_name} does not tell how words are spelt"
             )
             return {"metrics": {}, "not_run": why, "probe_f1": probe_f1}
         if sae.d_sae < config.max_k_value:
+            most = config.max_k_value
             raise NotRun(
-                f"the SAE has {sae.d_sae} latents, and sae_bench's probes pick up to {config.max_k_value} "
-                "for a letter"
+                f"the SAE has {sae.d_sae} latents, and sae_bench's probes pick up to {most} for a letter"
             )
-        n_train = len(known.json("words.json")["train"])
-        config.k_sparse_probe_batch_size = min(
-            config.k_sparse_probe_batch_size, max(1, n_train // STEPS_PER_EPOCH)
-        )
-        table = _by_letter(Adapter(sae, model), model, known, config).loc[passed]
-    metrics = {f"mean_{name}": float(table[column].mean()) for name, column in METRICS.items()}
+        an_epoch = max(1, len(words["train"]) // STEPS_PER_EPOCH)
+        config.k_sparse_probe_batch_size = min(config.k_sparse_probe_batch_size, an_epoch)
+        table = _by_letter(Adapter(sae, model), model, words, known.tensors("probes.safetensors"), config)
+    table = table.loc[passed]
     letters = {
         letter: {name: float(row[name]) for name in DETAIL}
-        | {"letter_latents": [int(i) for i in row["split_feats"]]}
+        | {"letter_latents": list(map(int, row["split_feats"]))}
         for letter, row in table.iterrows()
     }
-    settings = {name: getattr(config, name) for name in RECORDED}
     return {
-        "metrics": metrics,
+        "metrics": {f"mean_{name}": float(table[column].mean()) for name, column in METRICS.items()},
         "n_letters": len(passed),
         "letters": letters,
         "probe_f1": probe_f1,
-        "settings": settings,
+        "settings": {name: getattr(config, name) for name in RECORDED},
     }
 
 
-def _by_letter(adapter: Adapter, model: LanguageModel, known: Artifact, config: Any) -> Any:
+def _by_letter(
+    adapter: Adapter, model: LanguageModel, words: Row, tensors: dict[str, Tensor], config: Any
+) -> Any:
     """sae_bench's table of absorption, one row per letter with words that the probe recognises, and
     ``one_latent_f1``."""
     from sae_bench.evals.absorption import feature_absorption as absorption
@@ -245,7 +226,7 @@ def _by_letter(adapter: Adapter, model: LanguageModel, known: Artifact, config: 
     from sae_bench.evals.absorption.main import _aggregate_results_df
     from sae_bench.evals.absorption.probing import LinearProbe
 
-    words, tensors, k = known.json("words.json"), known.tensors("probes.safetensors"), config.max_k_value
+    k, layer = config.max_k_value, model.layer
     train, test = ([(word, letter) for word, letter in words[part]] for part in ("train", "test"))
     probe = LinearProbe(model.d_model, num_outputs=26)
     probe.load_state_dict({"fc.weight": tensors["weight"], "fc.bias": tensors["bias"]})
@@ -261,13 +242,11 @@ def _by_letter(adapter: Adapter, model: LanguageModel, known: Artifact, config: 
         precalc_sae_acts=True,
     )
     raw = sparse.eval_probe_and_sae_k_sparse_raw_scores(adapter, probe, probes, test, tensors["x_test"])
-    f1 = sparse.build_metrics_df(
-        raw, sparse.sae_k_sparse_metadata(adapter, probe, probes, NAME, model.layer), k
-    )
+    f1 = sparse.build_metrics_df(raw, sparse.sae_k_sparse_metadata(adapter, probe, probes, NAME, layer), k)
     sparse.add_feature_splits_to_metrics_df(f1, k, config.f1_jump_threshold)
     with tempfile.TemporaryDirectory() as scratch:
-        raw.to_parquet(Path(scratch) / sparse.get_sparse_probing_raw_results_filename(NAME, model.layer))
-        stats = absorption.get_stats_and_likely_false_negative_tokens(f1, NAME, model.layer, Path(scratch))
+        raw.to_parquet(Path(scratch) / sparse.get_sparse_probing_raw_results_filename(NAME, layer))
+        stats = absorption.get_stats_and_likely_false_negative_tokens(f1, NAME, layer, Path(scratch))
     calculator = absorption.FeatureAbsorptionCalculator(
         model=Prompts(model),
         icl_word_list=sorted(word for word, _ in train + test),
@@ -281,6 +260,6 @@ def _by_letter(adapter: Adapter, model: LanguageModel, known: Artifact, config: 
         absorption_fraction_max_absorbing_latents=absorption.ABSORPTION_FRACTION_MAX_ABSORBING_LATENTS,
     )
     random.seed(config.random_seed)  # every SAE meets the same prompts
-    found = absorption.calculate_projection_and_cos_sims(calculator, adapter, probe, model.layer, stats)
+    found = absorption.calculate_projection_and_cos_sims(calculator, adapter, probe, layer, stats)
     one_latent = f1.set_index("letter")["f1_sparse_sae_1"].rename("one_latent_f1")
     return _aggregate_results_df(found).set_index("letter").join(one_latent)

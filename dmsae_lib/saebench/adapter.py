@@ -4,31 +4,27 @@ process."""
 import contextlib
 import gc
 import io
-import os
 import random
-import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dmsae_lib.data.language_model import LanguageModel
-from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.interop import Foreign
+from dmsae_lib.sae.model import FoldedSAE
 from dmsae_lib.store.artifacts import UserError
-from dmsae_lib.store.atomic import SCRATCH
 
-
-class NotRun(Exception):
-    """An eval that cannot be run with this model or without the Hub; the text says why, in one sentence."""
+SAE = FoldedSAE | Foreign
 
 
 class Adapter(nn.Module):
-    """A MatryoshkaSAE, for unnormalised activations, with the attributes that sae_bench asks of an SAE."""
+    """An SAE with the attributes that sae_bench asks for."""
 
-    def __init__(self, sae: MatryoshkaSAE, model: LanguageModel):
+    def __init__(self, sae: SAE, model: LanguageModel):
         from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
 
         super().__init__()
@@ -64,70 +60,39 @@ class Adapter(nn.Module):
 
 
 def cache_name(model: LanguageModel) -> str:
-    """What decides a model's activations, apart from the hook: a retrained model never meets the old
-    cache."""
+    """What decides a model's activations, apart from the hook: a retrained one never meets the old cache."""
     return f"{model.name_by_content}-{model.config.dtype}-context{model.config.context_size}"
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """One numerical thread, sae_bench's output kept to ourselves, and all process-wide state put back
+    """One numerical thread, sae_bench's output kept to ourselves, all process-wide state put back
     afterwards."""
     from threadpoolctl import threadpool_limits
 
-    grad, before = torch.is_grad_enabled(), torch.get_num_threads()
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    # sae_bench collects garbage after every batch: what was there before need not be looked through
-    gc.freeze()
+    threads, numpy_state, python_state = torch.get_num_threads(), np.random.get_state(), random.getstate()
+    gc.freeze()  # sae_bench collects garbage after every batch: what was there before need not be looked through
     try:
         with (
+            torch.random.fork_rng(devices=[]),
+            torch.set_grad_enabled(torch.is_grad_enabled()),
             threadpool_limits(1),
-            warnings.catch_warnings(),
+            warnings.catch_warnings(action="ignore"),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
         ):
-            warnings.simplefilter("ignore")
             torch.set_num_threads(1)
             yield
     finally:
         gc.unfreeze()
-        torch.set_grad_enabled(grad)
-        torch.set_num_threads(before)
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-
-
-def residuals_by_length(model: LanguageModel, rows: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-    """Residuals of token rows of any length: (their numbers, (n, longest, d_model) on the CPU), rows of like
-    length together.
-
-    Rows are padded on the right, so that no text sees its padding.
-    """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    budget = model.config.batch_rows * model.config.context_size  # tokens per forward pass
-    while order:
-        longest = len(rows[order[-1]])
-        batch, order = order[-(budget // longest) :], order[: -(budget // longest)]
-        tokens = torch.tensor([rows[i] + [model.bos] * (longest - len(rows[i])) for i in batch])
-        yield batch, model.lower(tokens.to(model.device)).cpu()
-
-
-@contextlib.contextmanager
-def whole_or_nothing(place: Path) -> Iterator[Path]:
-    """A new folder that becomes ``place`` when the block ends well; where another worker was first, its
-    folder stays."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.parent) as scratch:
-        (fresh := Path(scratch) / "fresh").mkdir()
-        yield fresh
-        with contextlib.suppress(OSError):
-            os.rename(fresh, place)
+        torch.set_num_threads(threads)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 @contextlib.contextmanager
 def our_model(model: LanguageModel) -> Iterator[None]:
-    """Whatever sae_bench loads by name is ``model``: it knows models of the Hub alone, and loads one for each
+    """Whatever sae_bench loads by name is ``model``: it knows models of the Hub alone, and loads one per
     eval.
 
     Some of its functions check by jaxtyping that they get a HookedTransformer; the bridge does as well.
@@ -135,11 +100,20 @@ def our_model(model: LanguageModel) -> Iterator[None]:
     from jaxtyping import config
     from transformer_lens import HookedTransformer
 
-    theirs, checked = HookedTransformer.__dict__["from_pretrained_no_processing"], config.jaxtyping_disable
-    HookedTransformer.from_pretrained_no_processing = classmethod(lambda cls, *names, **options: model.bridge)
-    config.update("jaxtyping_disable", True)
-    try:
+    with (
+        patch.object(HookedTransformer, "from_pretrained_no_processing", lambda *_, **__: model.bridge),
+        patch.object(config, "jaxtyping_disable", True),
+    ):
         yield
-    finally:
-        HookedTransformer.from_pretrained_no_processing = theirs
-        config.update("jaxtyping_disable", checked)
+
+
+def residuals_by_length(model: LanguageModel, rows: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    """Residuals of token rows of any length: (their numbers, (n, longest, d_model) on the CPU), rows of like
+    length together. Rows are padded on the right, so that no text sees its padding."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    budget = model.config.batch_rows * model.config.context_size  # tokens per forward pass
+    while order:
+        longest = len(rows[order[-1]])
+        batch, order = order[-(budget // longest) :], order[: -(budget // longest)]
+        tokens = torch.tensor([rows[i] + [model.bos] * (longest - len(rows[i])) for i in batch])
+        yield batch, model.lower(tokens.to(model.device)).cpu()

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from dmsae_lib.data.language_model import LanguageModel
-from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.saebench.adapter import Adapter, NotRun, cache_name, our_model, undisturbed
-from dmsae_lib.saebench.official import LLM_BATCH_TOKENS, finite, only_result
+from dmsae_lib.saebench.adapter import SAE, Adapter, cache_name, our_model, undisturbed
+from dmsae_lib.saebench.official import LLM_BATCH_TOKENS
+from dmsae_lib.saebench.runner import Bench, NotRun, Row, evaluate, finite
 from dmsae_lib.store.artifacts import UserError
 
 KEY = "OPENAI_API_KEY"
@@ -38,120 +38,91 @@ class Judge:
         from openai import OpenAI
 
         self.client = OpenAI(api_key=os.environ[KEY], base_url=base_url, max_retries=RETRIES)
-        self.model, self.requests, self.failure = model, [], ""
+        self.model, self.requests, self.failure = model, 0, ""
         self.chat = SimpleNamespace(completions=SimpleNamespace(create=self.create))
 
     def create(self, **request: Any) -> Any:
-        nothing = SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=""))])
-        if self.failure:
-            return nothing
-        self.requests.append(request["max_tokens"])
-        try:
-            answer = self.client.chat.completions.create(**request | {"model": self.model})
-        # an endpoint may quote the key in what it says, so nothing of that is passed on
-        except Exception as error:
-            code = getattr(error, "status_code", None)
-            self.failure = (
-                f"its judge failed with {type(error).__name__}{f' ({code})' if code else ''}: check "
-                f"the endpoint, the model {self.model} and the key in {KEY}"
-            )
-            return nothing
-        if answer.choices[0].message.content is None:
-            self.failure = (
-                f"its judge {self.model} gave no text in {request['max_tokens']} tokens: take a model that "
-                "does not "
-                "reason first"
-            )
-            return nothing
-        return answer
+        if not self.failure:
+            self.requests += 1
+            try:
+                answer = self.client.chat.completions.create(**request | {"model": self.model})
+                if answer.choices[0].message.content is not None:
+                    return answer
+                self.failure = (
+                    f"its judge {self.model} gave no text in {request['max_tokens']} tokens: take a model that does "
+                    "not reason first"
+                )
+            # an endpoint may quote the key in what it says, so nothing of that is passed on
+            except Exception as error:
+                code = f" ({error.status_code})" if hasattr(error, "status_code") else ""
+                self.failure = (
+                    f"its judge failed with {type(error).__name__}{code}: check the endpoint, the model {self.model} "
+                    f"and the key in {KEY}"
+                )
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=""))])
 
 
-def run_autointerp(
-    sae: MatryoshkaSAE,
-    model: LanguageModel,
-    tokens: np.ndarray,
-    seed: int,
-    base_url: str,
-    judge_model: str,
-    n_latents: int = 1000,
-) -> dict[str, Any]:
+def run_autointerp(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> Row:
     """sae_bench's autointerp score: of 14 examples, the share of which a judge tells rightly whether the
     latent fires.
 
-    ``tokens``: (rows, context) with BOS first; rows that end in padding (BOS) are left out. ``n_latents``
-    (sae_bench's default; two requests each) are drawn from the latents that fire more than 15 times on
-    ``tokens``. A judge who always says "none" scores 10/14: sae_bench counts each of the 10 random examples
-    as silent, even where the latent fires.
+    Rows of the test split that end in padding (BOS) are left out. ``judge_latents`` of the settings (two
+    requests each) are drawn from the latents that fire more than 15 times. A judge who always says "none"
+    scores 10/14: sae_bench counts each of the 10 random examples as silent, even where the latent fires.
 
     Returns ``{"metrics": {autointerp_score, autointerp_std_dev (over latents; None for one)}, "judge_model",
     "n_latents" (explained), "n_scored" (whose predictions could be read), "latents": {latent: {explanation,
     score}}}``. Raises NotRun without a key, where the judge fails, or where there is nothing to judge.
     """
-    if not os.environ.get(KEY):
+    if not (key := os.environ.get(KEY)):
         raise NotRun(f"it needs the key of an OpenAI-compatible endpoint in the environment variable {KEY}")
     from sae_bench.evals.autointerp import main
 
-    adapter = Adapter(sae, model)
-    rows = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
+    suite, adapter = bench.settings.suite, Adapter(sae, model)
+    rows = torch.from_numpy(np.asarray(bench.rows, dtype=np.int64))
     rows = rows[rows[:, -1] != model.bos]
+    n, context = rows.shape
     config = main.AutoInterpEvalConfig(
         model_name=cache_name(model),
         random_seed=seed,
-        n_latents=n_latents,
+        n_latents=suite.judge_latents,
         total_tokens=rows.numel(),
-        llm_context_size=rows.shape[1],
-        llm_batch_size=max(1, LLM_BATCH_TOKENS // rows.shape[1]),
+        llm_context_size=context,
+        llm_batch_size=max(1, LLM_BATCH_TOKENS // context),
         llm_dtype=adapter.cfg.dtype,
     )
-    if rows.shape[1] <= 2 * config.buffer or not len(rows):
+    if context <= 2 * config.buffer or not n:
         raise UserError(
-            f"autointerp got {len(rows)} full rows of {rows.shape[1]} tokens: it needs some of more than "
-            f"{2 * config.buffer}; raise data.test_tokens or model.context_size."
+            f"autointerp got {n} full rows of {context} tokens: it needs some of more than {2 * config.buffer}; "
+            "raise data.test_tokens or model.context_size."
         )
-    judge = Judge(base_url, judge_model)
+    judge = Judge(suite.judge_url, suite.judge)
     with (
         undisturbed(),
         our_model(model),
         patch.object(main, "OpenAI", lambda api_key: judge),
         tempfile.TemporaryDirectory() as scratch,
-        ThreadPoolExecutor(1) as own,
+        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as own,
     ):
-        artifacts = Path(scratch) / "autointerp"
-        artifacts.mkdir()
-        torch.save(
-            rows,
-            artifacts / f"{config.model_name}_{config.total_tokens}_tokens_{config.llm_context_size}_ctx.pt",
-        )
-        own.submit(torch.set_num_threads, 1)
-        # In a thread of its own, because it calls asyncio.run, which a notebook's refuses.
-        results = own.submit(
-            main.run_eval,
-            config,
-            [("dmsae", adapter)],
-            str(adapter.device),
-            "",
-            f"{scratch}/results",
-            artifacts_path=scratch,
-        ).result()
+        (artifacts := Path(scratch) / "autointerp").mkdir()
+        torch.save(rows, artifacts / f"{config.model_name}_{rows.numel()}_tokens_{context}_ctx.pt")
+        # in a thread of its own, because it calls asyncio.run, which a notebook's refuses
+        options = {"api_key": "", "artifacts_path": scratch}
+        found = own.submit(evaluate, main, config, adapter, **options).result()
     if judge.failure:
         raise NotRun(judge.failure)
-    found = only_result(results, "autointerp")
-    latents, n_explained = found["eval_result_unstructured"], len(judge.requests) // 2
+    latents, n_explained = found["eval_result_unstructured"], judge.requests // 2
+    if not n_explained:
+        raise NotRun(f"no latent fires often enough on {rows.numel()} tokens")
     if not latents:
-        raise NotRun(
-            f"no latent fires often enough on {rows.numel()} tokens"
-            if not n_explained
-            else f"none of the answers of {judge_model} about {n_explained} latents could be read"
-        )
-    key = os.environ[KEY]
-    known = {
-        str(latent): {"explanation": one["explanation"].replace(key, "..."), "score": one["score"]}
-        for latent, one in sorted(latents.items())
-    }
+        raise NotRun(f"none of the answers of {suite.judge} about {n_explained} latents could be read")
     return {
         "metrics": finite(found["eval_result_metrics"]["autointerp"]),
-        "judge_model": judge_model,
+        "judge_model": suite.judge,
         "n_latents": n_explained,
         "n_scored": len(latents),
-        "latents": known,
+        "latents": {
+            str(latent): {"explanation": one["explanation"].replace(key, "..."), "score": one["score"]}
+            for latent, one in sorted(latents.items())
+        },
     }

@@ -2,31 +2,28 @@
 
 sae_bench itself takes biographies (profession, gender) and product reviews (category, stars) from the Hub.
 What stands for them here; a text with two labels is left out, ``seed`` decides which texts are drawn and how
-they are split:
+they are split.
 
-TPP (one class against the others of its set; the class names are handed to sae_bench as they are):
+TPP: one class against the others of its set; the class names are handed to sae_bench as they are.
 
-* ``subjects``: passages of web text that end in a certain pair of words (label ``bigram`` of the sets 65, 69,
-  72, 76,
-  79): schools, medicine, genetics, courts, rights. All are texts of probing sets, so no model or SAE was
-  trained on them.
+* ``subjects``: passages of web text that end in a certain pair of words (label ``bigram`` of the sets in
+  SUBJECTS): schools, medicine, genetics, courts, rights. All are texts of probing sets, so no model or SAE
+  was trained on them.
 * ``news``: the four topics of set 97, by its own labels (its Entertainment is what others call technology,
-  its Technology
-  business).
+  its Technology business).
 
-SCR (two attributes in all four combinations). sae_bench's names are those of its first data set, whatever the
+SCR: two attributes in all four combinations. sae_bench's names are those of its first data set, whatever the
 classes are: ``professor`` / ``nurse`` for the first attribute, ``male`` / ``female`` for the second. The
-biased probe sees ``male_professor`` and ``female_nurse`` alone:
+biased probe sees ``male_professor`` and ``female_nurse`` alone.
 
-================  =================  ==================  ====================
-===================================== pair              professor          nurse               male / female
-sets ================  =================  ==================  ====================
-===================================== product_film      Amazon products    films               good / bad
-review     157, 113 (probing sets, as above) product_business  Amazon products    Yelp businesses     good /
-bad review     157, 111 (one and five stars) business_film     Yelp businesses    films               good /
-bad review     111, 113 world_sport       world news         sports news         Reuters / AP          97,
-161, 162; the agency named in the text ================  =================  ==================
-====================  =====================================
+================  =================  ==================  ===================  ======================================
+pair              professor          nurse               male / female        sets
+================  =================  ==================  ===================  ======================================
+product_film      Amazon products    films               good / bad review    157, 113 (probing sets, as
+above) product_business  Amazon products    Yelp businesses     good / bad review    157, 111 (one and five
+stars) business_film     Yelp businesses    films               good / bad review    111, 113 world_sport
+world news         sports news         Reuters / AP         97, 161, 162; agency named in the text
+================  =================  ==================  ===================  ======================================
 """
 
 import re
@@ -42,6 +39,12 @@ Texts = dict[str, dict[str, list[str]]]  # {"train" or "test": {sae_bench's name
 SUBJECTS = ("65_high-school", "69_blood-pressure", "72_gene-expression", "76_trial-court", "79_human-rights")
 TPP_SETS = ("subjects", "news")
 SCR_PAIRS = ("product_film", "product_business", "business_film", "world_sport")
+# set, its label of a good review, and of a bad one (stars less one)
+REVIEWS = {
+    "product": ("157_amazon_5star", "1", "0"),
+    "film": ("113_movie_sent", "1", "0"),
+    "business": ("111_yelp_data", "4", "0"),
+}
 TRAINING = 2 / 3  # share of a class's texts that its probe is trained on
 MOST = 900  # texts per class, and per combination of two attributes; sae_bench takes 2500
 REUTERS, AP = re.compile(r"\bReuters\b"), re.compile(r"\bAP\b|\bAssociated Press\b")
@@ -75,6 +78,7 @@ def scr_texts(name: str, seed: int) -> Texts:
         key: _split(texts, min(MOST, len(texts)), seed, "scr", name, *key)
         for key, texts in combinations.items()
     }
+    columns, jobs, genders = ["hard_text", "profession", "gender"], ("professor", "nurse"), ("male", "female")
     made = {}
     for split in ("train", "test"):
         rows = [
@@ -85,14 +89,8 @@ def scr_texts(name: str, seed: int) -> Texts:
         room = {key: len(half[split]) for key, half in halves.items()}
         biased = room["professor", "male"], room["nurse", "female"]
         m = min(*room.values(), *((n - 1) // 2 for n in biased))  # sae_bench asks for more than 2 m of those
-        made[split] = get_spurious_corr_data(
-            pd.DataFrame(rows, columns=["hard_text", "profession", "gender"]),
-            ("professor", "nurse"),
-            ("male", "female"),
-            "LabHC/bias_in_bios",
-            m,
-            seed,
-        )
+        frame = pd.DataFrame(rows, columns=columns)
+        made[split] = get_spurious_corr_data(frame, jobs, genders, "LabHC/bias_in_bios", m, seed)
     return made
 
 
@@ -107,10 +105,8 @@ def _labelled(name: str) -> dict[str, list[str]]:
 
     rows = pd.read_csv(wheel_sets()[name], usecols=["prompt", "target"]).astype(str).drop_duplicates()
     rows = rows.drop_duplicates("prompt", keep=False)
-    return {
-        label: group["prompt"].tolist()
-        for label, group in rows[rows["prompt"].str.strip() != ""].groupby("target")
-    }
+    by_label = rows[rows["prompt"].str.strip() != ""].groupby("target")["prompt"]
+    return {label: texts.tolist() for label, texts in by_label}
 
 
 def _split(texts: list[str], n: int, seed: int, *names: str) -> dict[str, list[str]]:
@@ -120,15 +116,10 @@ def _split(texts: list[str], n: int, seed: int, *names: str) -> dict[str, list[s
 
 
 def _reviews(first: str, second: str) -> dict[tuple[str, str], list[str]]:
-    """Reviews of two kinds by kind and sentiment, which the sets call 1 and 0, or by stars less one."""
-    sets = {
-        "product": ("157_amazon_5star", "1", "0"),
-        "film": ("113_movie_sent", "1", "0"),
-        "business": ("111_yelp_data", "4", "0"),
-    }
+    """Reviews of two kinds by kind and sentiment."""
     found = {}
     for job, kind in (("professor", first), ("nurse", second)):
-        name, good, bad = sets[kind]
+        name, good, bad = REVIEWS[kind]
         labelled = _labelled(name)
         found |= {(job, "male"): labelled[good], (job, "female"): labelled[bad]}
     return found
@@ -137,14 +128,12 @@ def _reviews(first: str, second: str) -> dict[tuple[str, str], list[str]]:
 def _world_sport() -> dict[tuple[str, str], list[str]]:
     """News of two topics that name one of the two agencies."""
     four = _labelled("97_news_class")
-    topics = {
-        "professor": [*four["Politics"], *_labelled("161_agnews_0")["1"]],
-        "nurse": [*four["Sport"], *_labelled("162_agnews_1")["1"]],
-    }
+    world, sport = (
+        four["Politics"] + _labelled("161_agnews_0")["1"],
+        four["Sport"] + _labelled("162_agnews_1")["1"],
+    )
     return {
-        (job, gender): [
-            text for text in dict.fromkeys(texts) if agency.search(text) and not other.search(text)
-        ]
-        for job, texts in topics.items()
+        (job, gender): [t for t in dict.fromkeys(texts) if agency.search(t) and not other.search(t)]
+        for job, texts in (("professor", world), ("nurse", sport))
         for gender, agency, other in (("male", REUTERS, AP), ("female", AP, REUTERS))
     }

@@ -1,4 +1,5 @@
-"""sae_bench's ``core`` eval: loss recovered, sparsity and reconstruction on rows of our own tokens.
+"""sae_bench's ``core`` eval: loss recovered, sparsity and reconstruction, on rows of our own tokens or on its
+own data set.
 
 What sae_bench 0.6.0 computes differently from :mod:`dmsae_lib.distill.evaluation`: its ``explained_variance``
 subtracts the wrong mean, and its losses count a BOS as target (never as input).
@@ -12,22 +13,22 @@ import numpy as np
 from torch import Tensor
 
 from dmsae_lib.data.language_model import LanguageModel
-from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.saebench.adapter import Adapter, cache_name, undisturbed
+from dmsae_lib.saebench.adapter import SAE, Adapter, cache_name, undisturbed
+from dmsae_lib.saebench.hub_data import get_dataset
+from dmsae_lib.saebench.runner import Bench, Row, finite
 from dmsae_lib.store.artifacts import UserError
 
-BATCH_DEPENDENT = ("mse",)  # sae_bench divides it by the batch's tokens
+BATCH_DEPENDENT = "mse"  # sae_bench divides it by the batch's tokens
 ZERO_ABLATION = "standard_zero_ablate_hook"  # the hook's name in sae_bench/evals/core/main.py
 SHARED_BYTES = 2**29  # per process, of the model's outputs that core evals share
+OPENWEBTEXT = "Skylion007/openwebtext"
+# batches of 16 rows for the losses and for the rest, in the command that sae_bench/evals/core/main.py gives
+HUB_BATCHES, BATCH_ROWS = (200, 2000), 16
 
 
 class SharedPasses:
-    """The hooked model as core asks for it: what no SAE takes part in is computed once for each batch of
-    tokens.
-
-    That is the unchanged model and zero ablation, two of core's three passes. Beyond SHARED_BYTES nothing is
-    kept.
-    """
+    """The hooked model as core asks for it: what no SAE takes part in, the unchanged model and zero ablation,
+    is computed once for each batch of tokens. Beyond SHARED_BYTES nothing is kept."""
 
     known: WeakKeyDictionary[LanguageModel, dict[Any, Any]] = WeakKeyDictionary()
 
@@ -49,64 +50,84 @@ class SharedPasses:
 
     def _once(self, what: str, tokens: Tensor, options: dict[str, Any], run: Callable[[], Any]) -> Any:
         key = (what, tuple(tokens.shape), tokens.cpu().numpy().tobytes(), repr(sorted(options.items())))
-        if key not in self.kept:
-            found = run()
-            if (
-                sum(output.nbytes for outputs in (*self.kept.values(), found) for output in outputs)
-                > SHARED_BYTES
-            ):
-                return found
+        if key in self.kept:
+            return self.kept[key]
+        found = run()
+        if sum(one.nbytes for outputs in (*self.kept.values(), found) for one in outputs) <= SHARED_BYTES:
             self.kept[key] = found
-        return self.kept[key]
+        return found
 
 
-def run_core(
-    sae: MatryoshkaSAE, model: LanguageModel, tokens: np.ndarray, batch_rows: int = 16
-) -> dict[str, Any]:
+def run_core(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> Row:
+    """:func:`core_metrics` on the first rows of the test split."""
+    return {"metrics": core_metrics(sae, model, bench.rows[: bench.settings.core_rows])}
+
+
+def core_metrics(
+    sae: SAE, model: LanguageModel, tokens: np.ndarray, batch_rows: int = BATCH_ROWS
+) -> dict[str, float | None]:
     """sae_bench's core metrics on ``tokens`` (rows, context), each row starting with BOS, padded with BOS.
 
     BOS, EOS and padding are neither reconstructed nor counted. Every row is used once for the losses
     (``ce_loss_*``, ``kl_div_*``; zero ablation) and once for the rest (``l0``, ``explained_variance`` ...).
     None where a metric is undefined. The SAE is moved to the model's device.
     """
-    import datasets
+    from datasets import Dataset
 
     if not len(tokens):
         raise UserError("The core eval of sae_bench got no rows of the test split: raise data.test_tokens.")
+    batch = max(b for b in range(1, min(batch_rows, len(tokens)) + 1) if len(tokens) % b == 0)  # no row twice
+    rows = Dataset.from_dict({"tokens": tokens.tolist()})
+    return _metrics(sae, model, rows, tokens.shape[1], batch, (len(tokens) // batch,) * 2)
+
+
+def run_core_hub(
+    sae: SAE,
+    model: LanguageModel,
+    bench: Bench,
+    seed: int,
+    batches: tuple[int, int] = HUB_BATCHES,
+    batch_rows: int = BATCH_ROWS,
+) -> Row:
+    """sae_bench's core metrics on openwebtext, shuffled by its seed, 42. Raises NotRun without the data."""
+    which = {"split": "train", "streaming": True, "trust_remote_code": True}
+    texts = get_dataset(OPENWEBTEXT, data=bench.data, **which).shuffle(seed=42, buffer_size=1)
+    context = min(128, model.config.context_size)
+    return {"metrics": _metrics(sae, model, texts, context, batch_rows, batches, by_latent=True)}
+
+
+def _metrics(
+    sae: SAE,
+    model: LanguageModel,
+    rows: Any,
+    context: int,
+    batch_rows: int,
+    batches: tuple[int, int],
+    by_latent: bool = False,
+) -> dict[str, float | None]:
     with undisturbed():
-        from sae_bench.evals.core.main import CoreEvalConfig, run_evals
+        from sae_bench.evals.core.main import CoreEvalConfig, calculate_misc_metrics, run_evals
         from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
         from sae_lens.training.activations_store import ActivationsStore
 
         _, adapter, _ = load_and_format_sae("dmsae", Adapter(sae, model), model.device)
-        store = ActivationsStore.from_sae(
-            model.bridge,
-            adapter,
-            datasets.Dataset.from_dict({"tokens": tokens.tolist()}),
-            context_size=tokens.shape[1],
-        )
-        # no row twice
-        batch = max(b for b in range(1, min(batch_rows, len(tokens)) + 1) if len(tokens) % b == 0)
+        store = ActivationsStore.from_sae(model.bridge, adapter, rows, context_size=context)
+        asked = ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics")
+        of_latents = ("featurewise_density_statistics", "featurewise_weight_based_metrics")
         config = CoreEvalConfig(
             model_name=cache_name(model),
-            batch_size_prompts=batch,
-            context_size=tokens.shape[1],
-            n_eval_reconstruction_batches=len(tokens) // batch,
-            n_eval_sparsity_variance_batches=len(tokens) // batch,
-            compute_kl=True,
-            compute_ce_loss=True,
-            compute_l2_norms=True,
-            compute_sparsity_metrics=True,
-            compute_variance_metrics=True,
+            batch_size_prompts=batch_rows,
+            context_size=context,
+            n_eval_reconstruction_batches=batches[0],
+            n_eval_sparsity_variance_batches=batches[1],
             exclude_special_tokens_from_reconstruction=True,
+            **{f"compute_{name}": True for name in asked},
+            **{f"compute_{name}": by_latent for name in of_latents},
         )
         special = {getattr(model.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")} - {None}
-        groups, _ = run_evals(adapter, store, SharedPasses(model), config, ignore_tokens=special)
-    found = {
-        name: value
-        for group, values in groups.items()
-        if group != "token_stats"
-        for name, value in values.items()
-        if name not in BATCH_DEPENDENT
-    }
-    return {name: value if np.isfinite(value) else None for name, value in found.items()}
+        groups, latents = run_evals(adapter, store, SharedPasses(model), config, ignore_tokens=special)
+        if by_latent:
+            groups["misc_metrics"] = calculate_misc_metrics(latents)
+    del groups["token_stats"]
+    found = {name: value for group in groups.values() for name, value in group.items()}
+    return {name: value for name, value in finite(found).items() if name != BATCH_DEPENDENT}

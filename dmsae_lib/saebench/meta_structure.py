@@ -2,10 +2,8 @@
 
 A BatchTopK "meta-SAE" with a quarter of the latents rebuilds each decoder row from four of its own on
 average. The more it explains, the more the rows share directions: the eval reads a high value as latents that
-are made of common parts.
-
-In few dimensions any set of rows can be rebuilt well, so that the value means nothing by itself: the same is
-computed for random rows of the same number and norms, and only the difference says something about the SAE.
+are made of common parts. In few dimensions any set of rows can be rebuilt well, so the same is computed for
+random rows of the same number and norms, and only the difference says something about the SAE.
 """
 
 from types import SimpleNamespace
@@ -15,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.saebench.adapter import undisturbed
+from dmsae_lib.data.language_model import LanguageModel
+from dmsae_lib.saebench.adapter import SAE, undisturbed
+from dmsae_lib.saebench.runner import Bench, Row
 from dmsae_lib.store.seeds import generator
 
 # sae_bench: 1500 and 5e-4, which is less trained at the end, and takes six times as long
@@ -24,20 +23,18 @@ STEPS, LEARNING_RATE = 1000, 2e-3
 RECORDED = ("width_ratio", "k", "train_steps", "train_batch_size", "learning_rate")
 
 
-def run_meta_structure(sae: MatryoshkaSAE, seed: int, steps: int = STEPS) -> dict[str, Any]:
+def run_meta_structure(sae: SAE, model: LanguageModel, bench: Bench, seed: int, steps: int = STEPS) -> Row:
     """sae_bench's ``decoder_fraction_variance_explained`` of an SAE, and of random rows with the decoder's
     norms.
 
     ``metrics``: the fraction for the decoder (d_sae, d_in), for the random rows (``random_rows_...``), and
     what the first has more (``above_random_rows``); ``settings``: those of the meta-SAE. Width and k are
-    sae_bench's; a batch is a quarter of the rows (its 1024 for a d_sae from 4096 on). ``seed`` decides
+    sae_bench's; a batch is a quarter of the rows (its 1024 from d_sae = 4096 on). ``seed`` decides
     initialisation, batches and random rows.
     """
     decoder = sae.W_dec.detach().float()
-    noise = torch.randn(decoder.shape, generator=generator(seed, "meta_structure", "random rows")).to(
-        decoder.device
-    )
-    random_rows = F.normalize(noise, dim=1) * decoder.norm(dim=1, keepdim=True)
+    noise = torch.randn(decoder.shape, generator=generator(seed, "meta_structure", "random rows"))
+    random_rows = F.normalize(noise.to(decoder.device), dim=1) * decoder.norm(dim=1, keepdim=True)
     with undisturbed():
         from sae_bench.evals.meta_structure.eval_config import MetaStructureEvalConfig
 
@@ -45,12 +42,11 @@ def run_meta_structure(sae: MatryoshkaSAE, seed: int, steps: int = STEPS) -> dic
             random_seed=seed, train_steps=steps, learning_rate=LEARNING_RATE, autocast=False
         )
         config.train_batch_size = max(1, min(config.train_batch_size, len(decoder) // 4))
-        ours, theirs = (_explained(rows, config) for rows in (decoder, random_rows))
-    name = "decoder_fraction_variance_explained"
+        ours, random = (_explained(rows, config) for rows in (decoder, random_rows))
     metrics = {
-        name: ours,
-        f"random_rows_{name.removeprefix('decoder_')}": theirs,
-        "above_random_rows": ours - theirs,
+        "decoder_fraction_variance_explained": ours,
+        "random_rows_fraction_variance_explained": random,
+        "above_random_rows": ours - random,
     }
     return {"metrics": metrics, "settings": {name: getattr(config, name) for name in RECORDED}}
 

@@ -24,10 +24,8 @@ texts) and the negatives that they are tested on. An audit found both evals unre
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,112 +34,67 @@ from torch import Tensor
 
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.data.workers import Workers
-from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.saebench.adapter import Adapter, cache_name, residuals_by_length, undisturbed
+from dmsae_lib.saebench.adapter import SAE, Adapter, cache_name, residuals_by_length, undisturbed
 from dmsae_lib.saebench.class_pairs import SCR_PAIRS, TPP_SETS, Texts, probing_texts, scr_texts, tpp_texts
-from dmsae_lib.store.artifacts import Artifact, hash_json, load, write
+from dmsae_lib.saebench.runner import Bench, Row
+from dmsae_lib.store.artifacts import Artifact, hash_json, load, made, write
 
+KIND = "perturbation_probes"
 NS = (2, 5, 10, 20, 50, 100)  # latents ablated; sae_bench adds 500
 CONTEXT = 128  # tokens per text, BOS included: sae_bench's context_length
 PROBE = {
     "batch_size": 16,
     "lr": 1e-3,
     "l1_penalty": 1e-3,
-}  # sae_bench's; the batch decides how biased SCR's probe is
+}  # sae_bench's; the batch decides how biased SCR's is
 PROBE_STEPS = 5000  # of training a probe: sae_bench's 20 epochs of 4000 texts in batches of 16
 TEST_BATCH, TOKENS = 500, 8192  # texts per test batch (sae_bench's), tokens encoded at a time
 # sae_bench has no gate here: that of its absorption eval (F1 of a ground-truth probe), classes being balanced
 GATE = 0.6
 SIZES = ("train_texts", "test_texts", "tokens_per_text", "in_probing_sets")  # shown with a set's scores
-BIASED, ATTRIBUTES = (
-    "male_professor / female_nurse",
-    ("professor / nurse", "male / female"),
-)  # sae_bench's names
+# sae_bench's names
+ATTRIBUTES, BIASED = ("professor / nurse", "male / female"), "male_professor / female_nurse"
 
 
-def run_tpp(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: int) -> dict[str, Any]:
-    """``{"metrics": {tpp_threshold_n_total_metric}, "sets": {set: ...}, ...}``, means over the sets in
-    TPP_SETS.
-
-    Needs a linear decoder, f @ W_dec + b_dec. Where a class's probe is right on fewer than GATE of the test
-    texts, its set means nothing and is left out; with none left the result is ``{"metrics": {}, "not_run":
-    why, ...}``.
-    """
-    return _run(sae, model, False, cache, seed)
-
-
-def run_scr(sae: MatryoshkaSAE, model: LanguageModel, cache: Path, seed: int) -> dict[str, Any]:
-    """``{"metrics": {scr_metric_threshold_n}, "sets": {pair: ...}, "ties": pairs without a metric, ...}``.
-
-    As :func:`run_tpp`. A pair's metric is None, and is not in the mean, if the biased probe is equally good
-    at both attributes. A pair is left out, too, where bias costs the probe no more accuracy than two standard
-    errors of it: there is nothing to give back.
-    """
-    return _run(sae, model, True, cache, seed)
-
-
-def prepare_tpp(workers: Workers, cache: Path, seed: int) -> dict[str, Artifact]:
-    """What SAEs share, by set of texts: residuals at the hook and probes on their means, made once and kept
-    in ``cache``.
+def prepare_perturbation(workers: Workers, bench: Bench, seed: int, scr: bool) -> dict[str, Artifact]:
+    """What SAEs share, by set of texts: residuals at the hook and probes on their means, made once in the
+    cache.
 
     Each artefact holds ``residuals`` (tokens, d_model), without BOS; ``lengths`` (texts,); ``train/<class>``
     and ``test/<class>``, numbers of texts; ``weight/<class>`` (1, d_model) and ``bias/<class>`` (1,). Its
     folder's name covers model, hook, texts and settings, so nothing old is ever taken up.
     """
-    return _prepare(workers, TPP_SETS, False, cache, seed)
-
-
-def prepare_scr(workers: Workers, cache: Path, seed: int) -> dict[str, Artifact]:
-    """As :func:`prepare_tpp`."""
-    return _prepare(workers, SCR_PAIRS, True, cache, seed)
-
-
-def _prepare(
-    workers: Workers, names: Sequence[str], scr: bool, cache: Path, seed: int
-) -> dict[str, Artifact]:
-    model = workers.model
+    eval_name, names, texts_of = ("scr", SCR_PAIRS, scr_texts) if scr else ("tpp", TPP_SETS, tpp_texts)
+    model, version = workers.model, importlib.metadata.version("sae-bench")
+    parents = {"model": model.hash}
     with undisturbed():
-        texts = {name: (scr_texts if scr else tpp_texts)(name, seed) for name in names}
+        texts = {name: texts_of(name, seed) for name in names}
     places = {}
     for name in names:
-        decisive = [
-            model.hook_name,
-            CONTEXT,
-            texts[name],
-            PROBE,
-            PROBE_STEPS,
-            seed,
-            importlib.metadata.version("sae-bench"),
-        ]
-        folder = f"{'scr' if scr else 'tpp'}_{name}_{hash_json(decisive)[:12]}_{cache_name(model)}"
-        places[name] = Path(cache) / folder
-    missing = {name: texts[name] for name in names if not places[name].exists()}
+        decisive = hash_json([model.hook_name, CONTEXT, texts[name], PROBE, PROBE_STEPS, seed, version])
+        places[name] = bench.cache / f"{eval_name}_{name}_{decisive[:12]}_{cache_name(model)}"
+    found = {name: made(place, KIND, parents) for name, place in places.items()}
+    missing = {name: texts[name] for name in names if found[name] is None}
     for name, (arrays, record) in workers.run(partial(_shared, scr=scr, seed=seed), missing):
-        with write(places[name], "perturbation_probes", {"model": model.hash}) as writer:
-            writer.tensors(
-                "shared.safetensors", {key: torch.from_numpy(array) for key, array in arrays.items()}
-            )
+        with write(places[name], KIND, parents) as writer:
+            tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+            writer.tensors("shared.safetensors", tensors)
             writer.json("shared.json", record)
-    return {name: load(places[name], "perturbation_probes") for name in names}
+        found[name] = load(places[name], KIND)
+    return found
 
 
-def _shared(
-    model: LanguageModel, texts: Texts, scr: bool, seed: int
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    every = list(
-        dict.fromkeys(text for halves in texts.values() for found in halves.values() for text in found)
-    )
+def _shared(model: LanguageModel, texts: Texts, scr: bool, seed: int) -> tuple[dict[str, np.ndarray], Row]:
+    every = list(dict.fromkeys(t for half in texts.values() for found in half.values() for t in found))
     number = {text: i for i, text in enumerate(every)}
     context = min(CONTEXT, model.config.context_size)
     residuals = _residuals(model, every, context)
     means = torch.stack([x.mean(0) for x in residuals])
     rows = {
-        split: {label: [number[text] for text in found] for label, found in halves.items()}
-        for split, halves in texts.items()
+        split: {label: [number[text] for text in found] for label, found in half.items()}
+        for split, half in texts.items()
     }
-    train, test = (
-        {label: means[found] for label, found in rows[split].items()} for split in ("train", "test")
-    )
+    train, test = ({label: means[i] for label, i in rows[split].items()} for split in ("train", "test"))
     classes = [*ATTRIBUTES, BIASED] if scr else list(texts["train"])
     size = len(rows["train"][classes[0]])
     epochs = math.ceil(PROBE_STEPS * PROBE["batch_size"] / (2 * size))
@@ -153,28 +106,19 @@ def _shared(
         torch.set_grad_enabled(True)
         # train_probe_on_activations does the same, but for SCR trains each probe twice, once with its classes
         # swapped
-        probes = {
-            label: train_probe_gpu(
-                *prepare_probe_data(train, label, scr),
-                *prepare_probe_data(test, label, scr),
-                dim=model.d_model,
-                epochs=epochs,
-                early_stopping_patience=epochs,
-                **PROBE,
-            )[0]
-            for label in classes
-        }
+        how = {"dim": model.d_model, "epochs": epochs, "early_stopping_patience": epochs} | PROBE
+        probes = {}
+        for label in classes:
+            given = *prepare_probe_data(train, label, scr), *prepare_probe_data(test, label, scr)
+            probes[label] = train_probe_gpu(*given, **how)[0]
         accuracy = get_probe_test_accuracy(probes, classes, test, TEST_BATCH, scr)
     tensors = {"residuals": torch.cat(residuals), "lengths": torch.tensor([len(x) for x in residuals])}
-    tensors |= {
-        f"{split}/{label}": torch.tensor(found)
-        for split, halves in rows.items()
-        for label, found in halves.items()
-    }
+    for split, half in rows.items():
+        tensors |= {f"{split}/{label}": torch.tensor(found) for label, found in half.items()}
     for label, probe in probes.items():
         tensors |= {f"weight/{label}": probe.net.weight.detach(), f"bias/{label}": probe.net.bias.detach()}
     known = probing_texts()
-    return {key: tensor.numpy() for key, tensor in tensors.items()}, {
+    record = {
         "classes": classes,
         "probe_accuracy": accuracy,
         "padded_to": context,
@@ -182,21 +126,21 @@ def _shared(
         "test_texts": 2 * len(rows["test"][classes[0]]),
         "probe_epochs": epochs,
         "tokens_per_text": len(tensors["residuals"]) / len(every),
-        "in_probing_sets": sum(t in known for t in every) / len(every),
+        "in_probing_sets": sum(text in known for text in every) / len(every),
     }
+    return {key: tensor.numpy() for key, tensor in tensors.items()}, record
 
 
 def _residuals(model: LanguageModel, texts: list[str], context: int) -> list[Tensor]:
     """Each text's residuals (tokens, d_model) on the CPU, without BOS and outliers; of a long text, the
     beginning."""
-    rows = [
-        [model.bos, *ids[: context - 1]]
-        for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    ]
+    ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [[model.bos, *one[: context - 1]] for one in ids]
     found: dict[int, Tensor] = {}
     for batch, resid in residuals_by_length(model, rows):
-        of = {i: one[1 : len(rows[i])] for i, one in zip(batch, resid)}
-        found |= {i: x[~(x.norm(dim=1) > model.outlier_limit)].clone() for i, x in of.items()}
+        for i, one in zip(batch, resid):
+            x = one[1 : len(rows[i])]
+            found[i] = x[~(x.norm(dim=1) > model.outlier_limit)].clone()
     return [found[i] for i in range(len(rows))]
 
 
@@ -219,21 +163,28 @@ class Pooled:
         return f @ self.W_dec  # b_dec cancels: sae_bench adds the reconstruction's error again
 
 
-def _run(sae: MatryoshkaSAE, model: LanguageModel, scr: bool, cache: Path, seed: int) -> dict[str, Any]:
+def run_perturbation(sae: SAE, model: LanguageModel, bench: Bench, seed: int, scr: bool) -> Row:
+    """``{"metrics": {tpp_threshold_n_total_metric}, "sets": {set: ...}, ...}``, means over the sets in
+    TPP_SETS; for SCR ``scr_metric_threshold_n`` over SCR_PAIRS, and ``"ties"``, the pairs without a metric.
+
+    Needs a linear decoder, f @ W_dec + b_dec. Where a class's probe is right on fewer than GATE of the test
+    texts, its set means nothing and is left out; with none left the result is ``{"metrics": {}, "not_run":
+    why, ...}``. A pair of SCR is left out, too, where bias costs the probe no more accuracy than two standard
+    errors of it: there is nothing to give back. A pair's metric is None, and is not in the mean, if the
+    biased probe is equally good at both attributes.
+    """
     adapter = Adapter(sae, model)
-    made = (prepare_scr if scr else prepare_tpp)(Workers(model), cache, seed)
-    records = {name: artifact.json("shared.json") for name, artifact in made.items()}
+    shared = prepare_perturbation(Workers(model), bench, seed, scr)
+    records = {name: artifact.json("shared.json") for name, artifact in shared.items()}
     poor = {name: why for name, record in records.items() if (why := _poor(record, scr))}
-    detail: dict[str, Any] = {
-        "probe_accuracy": {name: record["probe_accuracy"] for name, record in records.items()},
-        "left_out": poor,
-    }
-    if len(poor) == len(made):
+    accuracy = {name: record["probe_accuracy"] for name, record in records.items()}
+    detail: Row = {"probe_accuracy": accuracy, "left_out": poor}
+    if len(poor) == len(shared):
         return {"metrics": {}, "not_run": "; ".join(f"{name}: {why}" for name, why in poor.items())} | detail
     ns = [n for n in NS if n < sae.d_sae]
     sets = {
-        name: {key: records[name][key] for key in SIZES} | _score(adapter, made[name], ns, scr, seed)
-        for name in made
+        name: {key: records[name][key] for key in SIZES} | _score(adapter, shared[name], ns, scr, seed)
+        for name in shared
         if name not in poor
     }
     keys = [f"scr_metric_threshold_{n}" if scr else f"tpp_threshold_{n}_total_metric" for n in ns]
@@ -247,7 +198,7 @@ def _run(sae: MatryoshkaSAE, model: LanguageModel, scr: bool, cache: Path, seed:
     return {"metrics": mean("scores"), "padded": mean("padded"), "sets": sets} | detail
 
 
-def _poor(record: dict[str, Any], scr: bool) -> str:
+def _poor(record: Row, scr: bool) -> str:
     """Why a set's probes are too poor for the eval to mean something; "" if they are not."""
     accuracy = record["probe_accuracy"]
     worst = min(ATTRIBUTES if scr else record["classes"], key=lambda label: accuracy[label])
@@ -263,11 +214,11 @@ def _poor(record: dict[str, Any], scr: bool) -> str:
 
 
 @torch.no_grad()
-def _score(adapter: Adapter, made: Artifact, ns: list[int], scr: bool, seed: int) -> dict[str, Any]:
+def _score(adapter: Adapter, shared: Artifact, ns: list[int], scr: bool, seed: int) -> Row:
     """sae_bench's metrics of one set: ``scores`` of the texts' own tokens, ``padded`` as sae_bench pads
     them."""
-    record = made.json("shared.json")
-    held = {key: tensor.to(adapter.device) for key, tensor in made.tensors("shared.safetensors").items()}
+    record = shared.json("shared.json")
+    held = {key: tensor.to(adapter.device) for key, tensor in shared.tensors("shared.safetensors").items()}
     residuals, lengths, classes = held["residuals"], held["lengths"], record["classes"]
     x = _text_means(residuals, lengths, lambda part: part)
     f = _text_means(residuals, lengths, lambda part: adapter.encode(part).float())

@@ -25,10 +25,11 @@ from torch import Tensor
 from dmsae_lib.data.corpus import text_digest
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.data.workers import Workers
-from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.saebench.adapter import Adapter, cache_name, residuals_by_length, undisturbed
-from dmsae_lib.store.artifacts import Artifact, UserError, load, write
+from dmsae_lib.saebench.adapter import SAE, Adapter, cache_name, residuals_by_length, undisturbed
+from dmsae_lib.saebench.runner import Bench, NotRun, Row, evaluate
+from dmsae_lib.store.artifacts import Artifact, UserError, load, made, write
 
+KIND = "probing_activations"
 METRICS = {"accuracy": "test_accuracy", "auc": "test_auc", "f1": "test_f1"}  # our names: those of sae_bench
 REGULARISER = "l1"  # sae_bench's default for the probes on latents
 # texts per set: sae_probes/run_baselines.py, generate_sae_activations.py
@@ -50,12 +51,8 @@ def unique_rows(name: str) -> Any:
     same = rows["prompt"].map(lambda text: "".join(filter(str.isalnum, text.casefold())) or text)
     rows = rows[(rows.groupby(same)["target"].transform("nunique") == 1) & ~same.duplicated()]
     shuffled = rows.loc[rows["prompt"].map(text_digest).sort_values().index]
-    return (
-        shuffled.groupby("target")
-        .head(rows["target"].value_counts().min())
-        .sort_index()
-        .reset_index(drop=True)
-    )
+    smaller = rows["target"].value_counts().min()
+    return shuffled.groupby("target").head(smaller).sort_index().reset_index(drop=True)
 
 
 @contextlib.contextmanager
@@ -75,36 +72,35 @@ def _each_text_once(sets: Sequence[str]) -> Iterator[None]:
 
 
 def probing_cache(model: LanguageModel) -> str:
-    """The name of the model for sae_probes, which its cache has, too: activations of all rows are never taken
-    for ours."""
+    """The name of the model for sae_probes, and so in its cache: activations of all rows are never taken for
+    ours."""
     return f"{cache_name(model)}-each-text-once"
 
 
-def prepare_probing(workers: Workers, sets: Sequence[str], folder: Path) -> Artifact:
-    """The residual at each text's last token, in sae_probes' cache below ``folder``: made once, shared by all
-    SAEs.
+def prepare_probing(workers: Workers, bench: Bench, seed: int = 0) -> Artifact:
+    """The residual at each text's last token, in sae_probes' cache: made once, shared by all SAEs and seeds.
 
     The same numbers as ``sae_probes.generate_model_activations.ensure_dataset_activations`` (BOS first, the
     start of too long texts cut off) for the texts of :func:`unique_rows`, but every text is tokenised once
     and batches are of texts of like length.
     """
-    model = workers.model
-    place = Path(folder) / f"model_activations_{probing_cache(model)}"
-    files = {name: f"{name}_{model.hook_name}.pt" for name in sets}
-    if place.exists() and all((place / file).exists() for file in files.values()):
-        return load(place, "probing_activations")
+    model, parents = workers.model, {"model": workers.model.hash}
+    place = bench.cache / f"model_activations_{probing_cache(model)}"
+    files = {name: f"{name}_{model.hook_name}.pt" for name in bench.sets}
+    if (known := made(place, KIND, parents)) and set(files.values()) <= known.files.keys():
+        return known
     with undisturbed():
         from sae_probes.utils_data import get_numbered_binary_tags
 
-    if unknown := sorted(set(sets) - set(get_numbered_binary_tags())):
+    if unknown := sorted(set(bench.sets) - set(get_numbered_binary_tags())):
         raise UserError(
             f"saebench.probing_sets names {unknown[0]!r}: the sae-probes wheel holds no such set; "
             "dmsae_lib.data.corpus.PROBING_SETS are those used by default."
         )
-    with write(place, "probing_activations", {"model": model.hash}) as writer:
-        for name, activations in workers.run(_activations, dict(zip(sets, sets))):
+    with write(place, KIND, parents) as writer:
+        for name, activations in workers.run(_activations, {name: name for name in bench.sets}):
             torch.save(torch.from_numpy(activations), writer.path(files[name]))
-    return load(place, "probing_activations")
+    return load(place, KIND)
 
 
 def _activations(model: LanguageModel, name: str) -> np.ndarray:
@@ -115,76 +111,62 @@ def _activations(model: LanguageModel, name: str) -> np.ndarray:
 def _last_token_residuals(model: LanguageModel, texts: list[str]) -> Tensor:
     """(texts, d_model) float32 on the CPU: BOS, then at most context_size - 1 tokens from the end of the
     text."""
-    room = model.config.context_size - 1
-    rows = [
-        [model.bos, *ids[-room:]] for ids in model.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    ]
+    room, ids = model.config.context_size - 1, model.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [[model.bos, *one[-room:]] for one in ids]
     found = torch.empty(len(rows), model.d_model)
     for batch, resid in residuals_by_length(model, rows):
         found[batch] = resid[range(len(batch)), [len(rows[i]) - 1 for i in batch]]
     return found
 
 
-def run_probing(
-    sae: MatryoshkaSAE, model: LanguageModel, sets: Sequence[str], ks: Sequence[int], folder: Path, seed: int
-) -> dict[str, Any]:
+def run_probing(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> Row:
     """sae_bench's sparse probing of an SAE: the k latents of largest mean difference, then a logistic probe.
 
     Returns ``{"metrics", "mean": {k: scores}, "sets": {set: {k: scores}}}`` with k as text and scores =
     {accuracy, auc, f1 (weighted)} on the held-out texts; ``metrics`` are the mean accuracies,
     ``probe_top<k>``. ``seed`` splits the texts and draws the training set's. Unlike sae_bench's own, no text
-    is on both sides, and each set is as large as it has texts. Model activations are cached in ``folder``;
-    results never are, because sae_probes takes up an old result of the same name.
+    is on both sides, and each set is as large as it has texts. Results are never cached, because sae_probes
+    takes up an old result of the same name.
     """
+    sets, ks = list(bench.sets), bench.settings.probing_ks
+    if not sets:
+        raise NotRun("saebench.probing_sets names no set that a probe on all channels can do")
     if max(ks) > sae.d_sae:
-        raise UserError(f"saebench.probing_ks is {list(ks)}: an SAE has {sae.d_sae} latents; lower it.")
-    prepare_probing(Workers(model), sets, folder)
+        raise UserError(f"saebench.probing_ks is {ks}: an SAE has {sae.d_sae} latents; lower it.")
+    prepare_probing(Workers(model), bench)
     adapter = Adapter(sae, model)
     with undisturbed(), _each_text_once(sets), tempfile.TemporaryDirectory() as scratch:
-        from sae_bench.evals.sparse_probing_sae_probes.main import SparseProbingSaeProbesEvalConfig, run_eval
+        from sae_bench.evals.sparse_probing_sae_probes import main
 
-        config = SparseProbingSaeProbesEvalConfig(
+        config = main.SparseProbingSaeProbesEvalConfig(
             model_name=probing_cache(model),
             random_seed=seed,
-            dataset_names=list(sets),
+            dataset_names=sets,
             reg_type=REGULARISER,
-            ks=list(ks),
-            results_path=f"{scratch}/probes",
-            model_cache_path=str(folder),
+            ks=ks,
+            results_path=scratch,
+            model_cache_path=str(bench.cache),
             include_llm_baseline=False,
         )
-        results = list(
-            run_eval(config, [("dmsae", adapter)], str(adapter.device), f"{scratch}/results").values()
-        )
-    scores = {
-        detail["dataset_name"]: detail["sae_metrics_by_k"]
-        for result in results
-        for detail in result["eval_result_details"]
-    }
-    if (
-        len(results) != 1
-        or set(scores) != set(sets)
-        or any(set(by_k or ()) != set(ks) for by_k in scores.values())
-    ):
-        raise RuntimeError(
-            f"sae_bench gave {len(results)} results with {len(scores)} sets for one SAE, {len(sets)} "
-            f"sets and ks = {list(ks)}: it left something out without saying so."
-        )
-    by_set = {name: {str(k): _scores(scores[name][k]) for k in ks} for name in sets}
-    mean = {str(k): _scores(results[0]["sae_metrics_by_k"][k]) for k in ks}
+        found = evaluate(main, config, adapter)
+    by_set = {one["dataset_name"]: one["sae_metrics_by_k"] or {} for one in found["eval_result_details"]}
+    if by_set.keys() != set(sets) or any(set(by_k) != set(ks) for by_k in by_set.values()):
+        raise RuntimeError(f"sae_bench left out, without saying so, some of {sets} or of ks = {ks}.")
+    mean = _by_k(found["sae_metrics_by_k"], ks)
     return {
         "metrics": {f"probe_top{k}": scores["accuracy"] for k, scores in mean.items()},
         "mean": mean,
-        "sets": by_set,
+        "sets": {name: _by_k(by_set[name], ks) for name in sets},
     }
 
 
-def _scores(found: dict[str, float]) -> dict[str, float]:
-    return {ours: found[theirs] for ours, theirs in METRICS.items()}
+def _by_k(found: Row, ks: Sequence[int]) -> dict[str, dict[str, float]]:
+    return {str(k): {ours: found[k][theirs] for ours, theirs in METRICS.items()} for k in ks}
 
 
-def probing_baselines(workers: Workers, sets: Sequence[str], folder: Path, seed: int) -> dict[str, Any]:
-    """What probing reaches without an SAE, on the texts and splits of :func:`run_probing`.
+def probing_baselines(workers: Workers, bench: Bench) -> Row:
+    """What probing reaches without an SAE, on the texts and splits of :func:`run_probing` with the bench's
+    seed.
 
     ``dense``: sae_probes' own baseline, a logistic probe on all channels of the residual stream.
     ``best_channel``: the one-latent probe on the channel with the largest training AUC (a stronger choice
@@ -192,27 +174,27 @@ def probing_baselines(workers: Workers, sets: Sequence[str], folder: Path, seed:
     sets are balanced (:func:`unique_rows`). Returns ``{set: {n_train, n_test, channel, dense, best_channel,
     majority}}``.
     """
-    prepare_probing(workers, sets, folder)
-    by_set = dict(workers.run(partial(_baselines, folder=Path(folder), seed=seed), dict(zip(sets, sets))))
-    return {name: by_set[name] for name in sets}
+    prepare_probing(workers, bench)
+    baselines = partial(_baselines, folder=bench.cache, seed=bench.settings.seed)
+    by_set = dict(workers.run(baselines, {name: name for name in bench.sets}))
+    return {name: by_set[name] for name in bench.sets}
 
 
-def suitable(baselines: dict[str, Any], at_least: float) -> tuple[str, ...]:
+def suitable(baselines: Row, at_least: float) -> tuple[str, ...]:
     """The sets whose classes a dense probe tells apart with this accuracy: in the others there is nothing to
     find."""
     return tuple(name for name, row in baselines.items() if row["dense"]["accuracy"] >= at_least)
 
 
-def mean_baselines(baselines: dict[str, Any], sets: Sequence[str]) -> dict[str, float]:
+def mean_baselines(baselines: Row, sets: Sequence[str]) -> dict[str, float]:
     """Mean accuracies over ``sets``: {dense, best_channel, majority}."""
     rows = [baselines[name] for name in sets]
-    found = {
-        kind: float(np.mean([row[kind]["accuracy"] for row in rows])) for kind in ("dense", "best_channel")
-    }
-    return found | {"majority": float(np.mean([row["majority"] for row in rows]))}
+    found = {kind: np.mean([row[kind]["accuracy"] for row in rows]) for kind in ("dense", "best_channel")}
+    found["majority"] = np.mean([row["majority"] for row in rows])
+    return {kind: float(value) for kind, value in found.items()}
 
 
-def _baselines(model: LanguageModel, name: str, folder: Path, seed: int) -> dict[str, Any]:
+def _baselines(model: LanguageModel, name: str, folder: Path, seed: int) -> Row:
     with undisturbed(), _each_text_once([name]):
         from sae_probes.run_baselines import DATASET_SIZES
         from sae_probes.utils_data import get_xy_traintest
@@ -224,20 +206,16 @@ def _baselines(model: LanguageModel, name: str, folder: Path, seed: int) -> dict
         )
         ranks = x.argsort(dim=0).argsort(dim=0).double()
         auc = ranks[y == 1].mean(0) - ranks[y == 0].mean(0)  # proportional to AUC - 1/2
-        channel = [int(auc.abs().argmax())]
-        dense = find_best_reg(x, y, x_test, y_test, seed=seed).metrics
-        single = find_best_reg(
-            x[:, channel], y, x_test[:, channel], y_test, penalty=REGULARISER, seed=seed
-        ).metrics
-    results: dict[str, Any] = {
-        kind: {"accuracy": found.test_acc, "auc": found.test_auc, "f1": found.test_f1}
-        for kind, found in (("dense", dense), ("best_channel", single))
-    }
+        best = [int(auc.abs().argmax())]
+        dense = find_best_reg(x, y, x_test, y_test, seed=seed)
+        single = find_best_reg(x[:, best], y, x_test[:, best], y_test, penalty=REGULARISER, seed=seed)
     share = float(np.mean(y_test))
-    results |= {
+    results: Row = {
         "n_train": len(y),
         "n_test": len(y_test),
-        "channel": channel[0],
+        "channel": best[0],
         "majority": max(share, 1 - share),
     }
+    for kind, probe in (("dense", dense.metrics), ("best_channel", single.metrics)):
+        results[kind] = {"accuracy": probe.test_acc, "auc": probe.test_auc, "f1": probe.test_f1}
     return results

@@ -18,7 +18,7 @@ from dmsae_lib.distill.evaluation import evaluate
 from dmsae_lib.interop import export_saelens, load_any, load_foreign, save_foreign
 from dmsae_lib.interop.foreign import Foreign
 from dmsae_lib.sae.model import FoldedSAE, MatryoshkaSAE, load_folded, load_trained
-from dmsae_lib.saebench.core import run_core
+from dmsae_lib.saebench.core import core_metrics
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import UserError
 
@@ -123,7 +123,7 @@ def test_stock_sae_bench_gives_the_exported_sae_our_numbers(tiny_llama, tmp_path
     artifact = write_run(tmp_path / "run", tiny_llama, core)
     tokens = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(5))
     tokens[:, 0] = tokens[2, 7] = tiny_llama.bos
-    ours = run_core(load_folded(artifact), tiny_llama, tokens.numpy())
+    ours = core_metrics(load_folded(artifact), tiny_llama, tokens.numpy())
     exported = theirs_from(export_saelens(artifact, tmp_path / "out"))
     _, theirs, _ = load_and_format_sae("release", exported, "cpu")
     rows = datasets.Dataset.from_dict({"tokens": tokens.tolist()})
@@ -247,7 +247,7 @@ def test_other_architectures_can_be_compared_with(tiny_llama, tmp_path, random_s
     else:
         with pytest.raises(UserError, match=f"architecture {architecture}: it can be compared with"):
             foreign.source(1.0, [8])
-    assert run_core(foreign, tiny_llama, split.tokens[:4].numpy())["l0"] > 1
+    assert core_metrics(foreign, tiny_llama, split.tokens[:4].numpy())["l0"] > 1
 
 
 def test_an_imported_sae_is_kept_in_an_artefact(trained_there, tiny_llama, tmp_path):

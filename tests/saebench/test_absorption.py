@@ -10,18 +10,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders.saebench import load_model, make_bench, sae_of, state
 
-from dmsae_lib.config import ModelConfig
 from dmsae_lib.data.language_model import LanguageModel
-from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.data.workers import Workers
+from dmsae_lib.sae.model import FoldedSAE, MatryoshkaSAE
 from dmsae_lib.saebench import absorption
-from dmsae_lib.saebench.adapter import Adapter, NotRun, our_model, undisturbed
+from dmsae_lib.saebench.adapter import Adapter, our_model, undisturbed
+from dmsae_lib.saebench.runner import NotRun
+from dmsae_lib.store.artifacts import Artifact
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # channels 0..25 spell, 26..56 are one for each S-word, the others hold noise
 S, WIDTH = LETTERS.index("s"), 64
 SPELT, OWN = 4.0, 2.0  # what a word has in its letter's channel, and an S-word in its own
 SEED = 1  # of a split with words of every letter in both parts
+CONTEXT = 128
 TOO_LONG = " sesquipedalian"  # in the vocabulary, but the tokenizer cuts it in two
 
 
@@ -108,15 +112,9 @@ def save_spelling_model(folder: Path, known: str = LETTERS, lacking: str = "#", 
     return folder
 
 
-def load_model(folder: Path, context: int = 128) -> LanguageModel:
-    return LanguageModel(
-        ModelConfig(name=str(folder), hook_name="blocks.0.hook_resid_post", context_size=context)
-    )
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> LanguageModel:
-    return load_model(save_spelling_model(tmp_path_factory.mktemp("models") / "spells"))
+    return load_model(save_spelling_model(tmp_path_factory.mktemp("models") / "spells"), context=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +125,7 @@ def cache(tmp_path_factory) -> Path:
 def recognised(model: LanguageModel, cache: Path) -> list[tuple[str, int]]:
     """The S-words of the test split that the ground-truth probe recognises, with the channel that each has
     for itself."""
-    probes = absorption.prepare_absorption(model, cache, SEED)
+    probes = probes_of(model, cache)
     tensors, test = probes.tensors("probes.safetensors"), probes.json("words.json")["test"]
     scores = tensors["x_test"] @ tensors["weight"].T + tensors["bias"]
     return [
@@ -137,7 +135,7 @@ def recognised(model: LanguageModel, cache: Path) -> list[tuple[str, int]]:
     ]
 
 
-def spelling_sae(kept: dict[int, float]) -> MatryoshkaSAE:
+def spelling_sae(kept: dict[int, float]) -> FoldedSAE:
     """One latent per letter; for the S-word with the channel i, that of S is active at ``kept[i]`` of what it
     should be, and a latent of the word itself holds the rest of the residual. Other words have the letter's
     latent alone."""
@@ -148,23 +146,24 @@ def spelling_sae(kept: dict[int, float]) -> MatryoshkaSAE:
         rows[S, channel] = (share - 1) * SPELT / OWN
         decoder[i, S], decoder[i, channel] = (1 - share) * SPELT, OWN
         rows[i, channel] = decoder[i].norm() / OWN
-    sae = MatryoshkaSAE(WIDTH, d_sae, ())
-    sae.load_state_dict(
-        sae.state_dict() | {"free_rows": rows, "W_dec": torch.nn.functional.normalize(decoder, dim=1)}
-    )
-    sae.threshold.fill_(1e-3)
-    return sae.requires_grad_(False)
+    return sae_of(rows, torch.nn.functional.normalize(decoder, dim=1), threshold=1e-3)
+
+
+def probes_of(model: LanguageModel, cache: Path, seed: int = SEED) -> Artifact:
+    return absorption.prepare_absorption(Workers(model), make_bench(cache), seed)
+
+
+def run(sae: FoldedSAE, model: LanguageModel, cache: Path) -> dict:
+    return absorption.run_absorption(sae, model, make_bench(cache), SEED)
 
 
 def test_absorption_is_found_where_it_was_planted(model, cache):
     words = recognised(model, cache)
     half, *hidden = [channel for _, channel in words[: 1 + len(words) // 2]]
     assert len(hidden) >= 2 and len(words) > 1 + len(hidden)
-    found = absorption.run_absorption(
-        spelling_sae({half: 0.5} | dict.fromkeys(hidden, 0.0)), model, cache, SEED
-    )
+    found = absorption.run_absorption(spelling_sae({half: 0.5} | dict.fromkeys(hidden, 0.0)), model, cache)
     assert found["n_letters"] == 26 and min(found["probe_f1"].values()) > 0.6
-    probe = absorption.prepare_absorption(model, cache, SEED).tensors("probes.safetensors")["weight"][S]
+    probe = probes_of(model, cache).tensors("probes.safetensors")["weight"][S]
     # of the half-absorbed word, along the probe
     carried = 1 - 0.5 * SPELT * probe[S] / (SPELT * probe[S] + OWN * probe[half])
     assert 0.4 < carried < 0.6
@@ -192,12 +191,12 @@ def run_and_listen(sae: MatryoshkaSAE, model: LanguageModel, cache: Path) -> tup
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(absorption.Prompts, "run_with_cache", listen)
-        return absorption.run_absorption(sae, model, cache, SEED), asked
+        return run(sae, model, cache), asked
 
 
 @pytest.fixture(scope="module")
 def clean(model, cache) -> tuple[dict, list[str]]:
-    absorption.prepare_absorption(model, cache, SEED)
+    probes_of(model, cache)
     return run_and_listen(spelling_sae({}), model, cache)
 
 
@@ -221,13 +220,13 @@ def test_the_numbers_are_those_of_sae_bench_itself(model, cache, tmp_path, monke
     sae = MatryoshkaSAE(WIDTH, 96, (16,))
     sae.initialise(torch.Generator().manual_seed(0), torch.zeros(4, WIDTH))
     sae.requires_grad_(False).threshold.fill_(1.0)
-    ours = absorption.run_absorption(sae, model, cache, SEED)
+    ours = run(sae, model, cache)
     assert (
         ours["metrics"]["mean_full_absorption_score"] > 0.01
         and ours["metrics"]["mean_num_split_features"] > 1
     )
 
-    probes = absorption.prepare_absorption(model, cache, SEED)
+    probes = probes_of(model, cache)
     words, tensors = probes.json("words.json"), probes.tensors("probes.safetensors")
     place = tmp_path / "probes" / "spells" / "layer_0"
     place.mkdir(parents=True)
@@ -287,8 +286,8 @@ def test_the_numbers_are_those_of_sae_bench_itself(model, cache, tmp_path, monke
 
 @pytest.mark.parametrize("known", [LETTERS[:18], LETTERS[5:]])
 def test_the_gate(known, tmp_path):
-    model = load_model(save_spelling_model(tmp_path / "model", known))
-    found = absorption.run_absorption(spelling_sae({}), model, tmp_path, SEED)
+    model = load_model(save_spelling_model(tmp_path / "model", known), context=CONTEXT)
+    found = run(spelling_sae({}), model, tmp_path)
     assert {letter for letter, f1 in found["probe_f1"].items() if f1 > 0.6} == set(known)
     if len(known) < 20:
         assert "F1 > 0.6 on 18 of 26 letters" in found["not_run"] and "sae_bench wants 20" in found["not_run"]
@@ -301,64 +300,59 @@ def test_the_gate(known, tmp_path):
 def test_probes_are_made_once_and_never_taken_over_by_another_model(tmp_path, monkeypatch):
     from sae_bench.evals.absorption import vocab
 
-    first = load_model(save_spelling_model(tmp_path / "model"))
-    probes = absorption.prepare_absorption(first, tmp_path / "cache", SEED)
-    again = absorption.prepare_absorption(first, tmp_path / "cache", SEED)
+    first = load_model(save_spelling_model(tmp_path / "model"), context=CONTEXT)
+    probes = probes_of(first, tmp_path / "cache")
+    again = probes_of(first, tmp_path / "cache")
     assert again.provenance == probes.provenance and probes.parents == {"model": first.hash}
     real = vocab.get_alpha_tokens  # tokenizers give their vocabulary in another order in each process
     monkeypatch.setattr(vocab, "get_alpha_tokens", lambda tokenizer: real(tokenizer)[::-1])
-    assert absorption.prepare_absorption(first, tmp_path / "other", SEED).hash == probes.hash
+    assert probes_of(first, tmp_path / "other").hash == probes.hash
     words = probes.json("words.json")
     asked = [word for part in ("train", "test") for word, _ in words[part]]
     assert sorted(asked) == sorted(set(real(first.tokenizer)) - {TOO_LONG})
     assert all(LETTERS[letter] == word[1].lower() for word, letter in words["train"] + words["test"])
 
-    retrained = load_model(save_spelling_model(tmp_path / "model", known="abc"))  # in the same place
-    other = absorption.prepare_absorption(retrained, tmp_path / "cache", SEED)
+    retrained = load_model(
+        save_spelling_model(tmp_path / "model", known="abc"), context=CONTEXT
+    )  # in the same place
+    other = probes_of(retrained, tmp_path / "cache")
     assert other.folder != probes.folder and other.parents == {"model": retrained.hash}
     assert np.mean(list(other.json("words.json")["probe_f1"].values())) < 0.5
-    assert absorption.prepare_absorption(first, tmp_path / "cache", SEED + 1).folder != probes.folder
+    assert probes_of(first, tmp_path / "cache", SEED + 1).folder != probes.folder
 
 
 def test_the_seed_alone_decides_and_nothing_is_left_behind(model, cache, clean, tmp_path, monkeypatch):
     import sae_bench
 
-    def state():
-        draws = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
-        places = (Path(sae_bench.__file__).parent, model.folder, tmp_path)
-        files = {path for place in places for path in place.rglob("*") if "__pycache__" not in path.parts}
-        return torch.is_grad_enabled(), torch.get_num_threads(), *draws, files
-
+    places = Path(sae_bench.__file__).parent, model.folder, tmp_path
     monkeypatch.chdir(tmp_path)
     random.seed(1)
     torch.manual_seed(1)
-    before = state()
+    before = state(*places)
     assert run_and_listen(spelling_sae({}), model, cache) == clean and len(set(clean[1])) > 80
-    assert torch.is_grad_enabled() and state() == before
+    assert torch.is_grad_enabled() and state(*places) == before
 
 
 def test_a_model_that_cannot_be_asked_is_not_run(model, tmp_path, monkeypatch):
     from sae_bench.evals.absorption import vocab
 
-    lacking = load_model(save_spelling_model(tmp_path / "lacking", lacking="QRSTUVWXYZ"))
+    lacking = load_model(save_spelling_model(tmp_path / "lacking", lacking="QRSTUVWXYZ"), context=CONTEXT)
     with pytest.raises(NotRun, match=r'no single token for the answer " Q" \(10 of the 26 letters\)'):
-        absorption.prepare_absorption(lacking, tmp_path, SEED)
+        probes_of(lacking, tmp_path)
     with pytest.raises(NotRun, match="prompts have 88 tokens, more than model.context_size, 64"):
-        absorption.prepare_absorption(load_model(model.folder, context=64), tmp_path, SEED)
-    sae = MatryoshkaSAE(WIDTH, 2, ()).requires_grad_(False)
+        probes_of(load_model(model.folder, context=64), tmp_path)
+    sae = sae_of(torch.eye(WIDTH)[:2])
     with pytest.raises(NotRun, match="the SAE has 2 latents, and sae_bench's probes pick up to 3"):
-        absorption.run_absorption(sae, model, tmp_path, SEED)
+        run(sae, model, tmp_path)
     real = vocab.get_alpha_tokens
     monkeypatch.setattr(
         vocab, "get_alpha_tokens", lambda tokenizer: [word for word in real(tokenizer) if word[1] not in "xX"]
     )
     with pytest.raises(NotRun, match="no word of the train split starts with 'x'"):
-        absorption.prepare_absorption(model, tmp_path / "other", SEED)
+        probes_of(model, tmp_path / "other")
 
 
 def test_an_outside_model_is_not_run_and_says_why(test_model, tmp_path):
-    outside = LanguageModel(
-        ModelConfig(name=str(test_model), hook_name="blocks.1.hook_resid_post", context_size=128)
-    )
+    outside = load_model(test_model, layer=1, context=CONTEXT)
     with pytest.raises(NotRun, match="no single token for the answer|reach F1"):
-        absorption.prepare_absorption(outside, tmp_path, SEED)
+        probes_of(outside, tmp_path)

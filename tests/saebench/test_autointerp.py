@@ -10,12 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from planted_tokens import CONTEXT, NOISE, planted_model, reading_sae
+from builders.planted import CONTEXT, NOISE, planted_model, reading_sae
+from builders.saebench import make_bench
 
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.saebench import autointerp as saebench_autointerp
-from dmsae_lib.saebench.adapter import NotRun
 from dmsae_lib.saebench.autointerp import run_autointerp
+from dmsae_lib.saebench.runner import NotRun
 from dmsae_lib.store.artifacts import UserError
 
 KEY = "sk-a-key-that-nobody-may-see"
@@ -32,12 +33,6 @@ def knows_the_opposite(token: str, examples: list[str]) -> str:
 
 def guesses(token: str, examples: list[str]) -> str:
     return ", ".join(str(i) for i in range(1, 15) if random.Random(f"{i}{examples}").random() < 0.5)
-
-
-@pytest.fixture(autouse=True)
-def no_sweeping(monkeypatch):
-    # sae_bench calls it all the time, a third of a second each
-    monkeypatch.setattr("gc.collect", lambda *_: 0)
 
 
 @pytest.fixture
@@ -89,7 +84,7 @@ def judge(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked, server.answer, server.status = [], knows, 200
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
     server.shutdown()
@@ -115,8 +110,9 @@ def tokens(model) -> np.ndarray:
     return rows
 
 
-def run(sae, model, tokens, judge, **options):
-    return run_autointerp(sae, model, tokens, 0, judge.url, "rule-1", **options)
+def run(sae, model, tokens, judge, latents=1000):
+    settings = {"judge_url": judge.url, "judge": "rule-1", "judge_latents": latents}
+    return run_autointerp(sae, model, make_bench(None, tokens, **settings), 0)
 
 
 def test_a_judge_who_knows_scores_1_and_one_who_guesses_a_half(model, tokens, judge, tmp_path, monkeypatch):
@@ -124,15 +120,14 @@ def test_a_judge_who_knows_scores_1_and_one_who_guesses_a_half(model, tokens, ju
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.chdir(tmp_path)
     kept = []  # whatever was written, before it is removed again
-    real = saebench_autointerp.only_result
-    monkeypatch.setattr(
-        saebench_autointerp,
-        "only_result",
-        lambda *given: (
-            kept.extend(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()),
-            real(*given),
-        )[1],
-    )
+    real = saebench_autointerp.evaluate
+
+    def listening(*given, **options):
+        found = real(*given, **options)
+        kept.extend(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+        return found
+
+    monkeypatch.setattr(saebench_autointerp, "evaluate", listening)
     sae = reading_sae(model.d_model, [0, 1, 2, 3, 20])
     some = torch.from_numpy(tokens[:256])
     stands = torch.stack(
@@ -157,7 +152,7 @@ def test_a_judge_who_knows_scores_1_and_one_who_guesses_a_half(model, tokens, ju
     judge.answer = guesses
     # 56 examples: standard error 0.07
     assert abs(run(sae, model, tokens, judge)["metrics"]["autointerp_score"] - 0.5) < 0.2
-    one = run(reading_sae(model.d_model, [0, 20]), model, tokens, judge, n_latents=1)
+    one = run(reading_sae(model.d_model, [0, 20]), model, tokens, judge, latents=1)
     assert one["metrics"]["autointerp_std_dev"] is None and list(one["latents"]) == ["0"]
 
 

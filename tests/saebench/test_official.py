@@ -7,23 +7,25 @@ import random
 
 import pytest
 import torch
-from planted_tokens import NOISE, PLANTED, planted_model, reading_sae
+from builders.planted import NOISE, PLANTED, planted_model, reading_sae
+from builders.saebench import make_bench, sae_of
 from safetensors.torch import load_file
 
 from dmsae_lib.data.language_model import LanguageModel
-from dmsae_lib.saebench import official as saebench_hub
-from dmsae_lib.saebench.adapter import NotRun
-from dmsae_lib.saebench.official import Texts, run_core_hub, run_scr_and_tpp_hub, run_sparse_probing_hub
+from dmsae_lib.saebench.core import run_core_hub
+from dmsae_lib.saebench.hub_data import hub_out_of_reach
+from dmsae_lib.saebench.official import run_perturbation_hub, run_sparse_probing_hub
+from dmsae_lib.saebench.runner import NotRun
 
 BIOS = "LabHC/bias_in_bios_class_set1"
 # profession: its token
 JOBS = {0: "A", 1: "B", 2: "C", 6: "D", 9: "E", 11: "A", 13: "B", 21: "A", 22: "A", 25: "E", 26: "D"}
 GENDERS = {0: "F", 1: "G"}
-SMALL = {"train_size": 80, "test_size": 40}
+SMALL = {"train_set_size": 80, "test_set_size": 40}
+SMALL_PROBES = {f"probe_{name}": size for name, size in SMALL.items()}
+NEWS = {"dataset_names": ["fancyzhx/ag_news"]} | SMALL_PROBES
+PAIRS = {"dataset_names": [BIOS]} | SMALL
 SEEING, BLIND = list(range(8)), list(range(12, 20))  # channels
-
-
-pytestmark = pytest.mark.usefixtures("no_network_nor_sweeping")
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +115,12 @@ def test_probing_finds_the_planted_latents_in_every_data_set(model, data, tmp_pa
         for name in SparseProbingEvalConfig().dataset_names
         if "class_set2" not in name and "class_set3" not in name
     ]
-    texts = Texts(data, names, **SMALL)
-    seeing = run_sparse_probing_hub(reading_sae(model.d_model, SEEING), model, tmp_path, 0, texts)
+    bench, options = make_bench(tmp_path, data=data), {"dataset_names": names} | SMALL_PROBES
+    seeing = run_sparse_probing_hub(reading_sae(model.d_model, SEEING), model, bench, 0, **options)
     assert list(seeing["sets"]) == names and len(names) == 6
     for values in (seeing["metrics"], *seeing["sets"].values()):
         assert values["sae_top_1_test_accuracy"] == values["llm_top_1_test_accuracy"] == 1
-    blind = run_sparse_probing_hub(reading_sae(model.d_model, BLIND), model, tmp_path, 0, texts)
+    blind = run_sparse_probing_hub(reading_sae(model.d_model, BLIND), model, bench, 0, **options)
     # 27 probes of 40 texts: standard error 0.015
     assert abs(blind["metrics"]["sae_top_1_test_accuracy"] - 0.5) < 0.1
     assert blind["metrics"]["llm_test_accuracy"] == seeing["metrics"]["llm_test_accuracy"] > 0.9
@@ -130,26 +132,26 @@ def test_shared_work_is_done_once_for_each_model_and_text(model, data, tmp_path,
     monkeypatch.setattr(
         model.bridge, "run_with_hooks", lambda *given, **options: passes.append(1) or plain(*given, **options)
     )
-    texts, sae = Texts(data, ["fancyzhx/ag_news"], **SMALL), reading_sae(model.d_model, SEEING)
-    first = run_sparse_probing_hub(sae, model, tmp_path, 0, texts)
+    bench, sae = make_bench(tmp_path, data=data), reading_sae(model.d_model, SEEING)
+    first = run_sparse_probing_hub(sae, model, bench, 0, **NEWS)
     made = len(passes)
     (kept,) = tmp_path.iterdir()  # nothing is left of the scratch folder
-    assert made and run_sparse_probing_hub(sae, model, tmp_path, 0, texts) == first and len(passes) == made
-    run_sparse_probing_hub(sae, model, tmp_path, 1, texts)
+    assert made and run_sparse_probing_hub(sae, model, bench, 0, **NEWS) == first and len(passes) == made
+    run_sparse_probing_hub(sae, model, bench, 1, **NEWS)
     assert len(passes) == 2 * made and len(list(tmp_path.iterdir())) == 2
     news = data / "fancyzhx/ag_news/train.jsonl"
     before = news.stat().st_mtime_ns
     os.utime(news, ns=(before, before + 1))
-    run_sparse_probing_hub(sae, model, tmp_path, 0, texts)
+    run_sparse_probing_hub(sae, model, bench, 0, **NEWS)
     assert len(passes) == 3 * made
     assert torch.is_grad_enabled() and kept.is_dir()
 
 
 def test_tpp_and_scr_find_the_planted_latents(model, data, tmp_path, quick_probes):
-    texts = Texts(data, [BIOS], **SMALL)
+    bench = make_bench(tmp_path, data=data)
     seeing, blind = reading_sae(model.d_model, SEEING), reading_sae(model.d_model, BLIND)
     tpp = {
-        name: run_scr_and_tpp_hub(sae, model, False, tmp_path, 0, texts)["metrics"]
+        name: run_perturbation_hub(sae, model, bench, 0, scr=False, **PAIRS)["metrics"]
         for name, sae in (("seeing", seeing), ("blind", blind), ("again", seeing))
     }
     assert set(tpp["seeing"]) == {
@@ -161,7 +163,7 @@ def test_tpp_and_scr_find_the_planted_latents(model, data, tmp_path, quick_probe
     assert tpp["seeing"]["tpp_threshold_2_total_metric"] > 0.15 and tpp["again"] == tpp["seeing"]
     assert abs(tpp["blind"]["tpp_threshold_2_total_metric"]) < 0.05
     scr = {
-        name: run_scr_and_tpp_hub(sae, model, True, tmp_path, 0, texts)
+        name: run_perturbation_hub(sae, model, bench, 0, scr=True, **PAIRS)
         for name, sae in (("seeing", seeing), ("blind", blind))
     }
     assert len(scr["seeing"]["sets"]) == 4  # pairs of professions
@@ -176,30 +178,26 @@ def test_tpp_and_scr_find_the_planted_latents(model, data, tmp_path, quick_probe
 
 def test_a_model_in_half_precision(data, tmp_path, quick_probes):
     model = planted_model(tmp_path / "planted", dtype="bfloat16")
-    sae, cache = reading_sae(model.d_model, SEEING), tmp_path / "cache"
+    sae, bench = reading_sae(model.d_model, SEEING), make_bench(tmp_path / "cache", data=data)
+    assert run_sparse_probing_hub(sae, model, bench, 0, **NEWS)["metrics"]["sae_top_1_test_accuracy"] == 1
     assert (
-        run_sparse_probing_hub(sae, model, cache, 0, Texts(data, ["fancyzhx/ag_news"], **SMALL))["metrics"][
-            "sae_top_1_test_accuracy"
-        ]
-        == 1
-    )
-    assert (
-        run_scr_and_tpp_hub(sae, model, False, cache, 0, Texts(data, [BIOS], **SMALL))["metrics"][
+        run_perturbation_hub(sae, model, bench, 0, scr=False, **PAIRS)["metrics"][
             "tpp_threshold_2_total_metric"
         ]
         > 0.15
     )
-    assert run_core_hub(sae, model, data, 2, 2, 4)["metrics"]["l0"] > 0
+    assert run_core_hub(sae, model, bench, 0, (2, 2), 4)["metrics"]["l0"] > 0
 
 
-def test_core_on_texts_from_a_folder(model, data):
+def test_core_on_texts_from_a_folder(model, data, tmp_path):
+    bench = make_bench(tmp_path, data=data)
     # Every text of 16 characters holds one of A, B, C, which the SAE reads, and nothing else that it does.
-    found = run_core_hub(reading_sae(model.d_model, SEEING), model, data, 4, 8, 4)["metrics"]
+    found = run_core_hub(reading_sae(model.d_model, SEEING), model, bench, 0, (4, 8), 4)["metrics"]
     assert found["l0"] == pytest.approx(1 / 16, rel=0.15) and found["ce_loss_score"] is not None
     exact = torch.cat([torch.eye(model.d_model), -torch.eye(model.d_model)])
-    sae = reading_sae(model.d_model, [0] * 2 * model.d_model)
-    sae.load_state_dict(sae.state_dict() | {"free_rows": exact, "W_dec": exact, "threshold": torch.zeros(())})
-    assert run_core_hub(sae, model, data, 4, 8, 4)["metrics"]["ce_loss_score"] == pytest.approx(1, abs=1e-4)
+    assert run_core_hub(sae_of(exact), model, bench, 0, (4, 8), 4)["metrics"][
+        "ce_loss_score"
+    ] == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -214,14 +212,14 @@ def test_without_the_hub_the_reason_is_one_sentence_at_once(model, tmp_path, mon
         reading_sae(model.d_model, SEEING),
         "HF_HUB_OFFLINE is set" if offline else "huggingface.co cannot be reached",
     )
-    assert why in saebench_hub.hub_out_of_reach()
-    nowhere = Texts(tmp_path / "nowhere")
+    assert why in hub_out_of_reach()
+    bench, nowhere = make_bench(tmp_path), make_bench(tmp_path, data=tmp_path / "nowhere")
     for eval_name, run in {
-        "bias_in_bios": lambda: run_sparse_probing_hub(sae, model, tmp_path, 0),
-        "LabHC/bias_in_bios, .* no .*nowhere/LabHC": lambda: run_scr_and_tpp_hub(
-            sae, model, True, tmp_path, 0, nowhere
+        "bias_in_bios": lambda: run_sparse_probing_hub(sae, model, bench, 0),
+        "LabHC/bias_in_bios, .* no .*nowhere/LabHC": lambda: run_perturbation_hub(
+            sae, model, nowhere, 0, scr=True
         ),
-        "openwebtext": lambda: run_core_hub(sae, model),
+        "openwebtext": lambda: run_core_hub(sae, model, bench, 0),
     }.items():
         with pytest.raises(NotRun, match=rf"^it needs the data set .*{eval_name}[^\n]*$") as found:
             run()
@@ -230,13 +228,9 @@ def test_without_the_hub_the_reason_is_one_sentence_at_once(model, tmp_path, mon
 
 
 def test_a_missing_result_is_an_error(model, data, tmp_path, monkeypatch):
-    from sae_bench.evals.core import main as core
     from sae_bench.evals.sparse_probing import main
 
     sae = reading_sae(model.d_model, SEEING)
     monkeypatch.setattr(main, "run_eval", lambda *_, **__: {})
     with pytest.raises(RuntimeError, match="0 results for one SAE"):
-        run_sparse_probing_hub(sae, model, tmp_path, 0, Texts(data, ["fancyzhx/ag_news"]))
-    monkeypatch.setattr(core, "run_evals", lambda **_: 1 / 0)
-    with pytest.raises(RuntimeError, match="0 results for one SAE.*division by zero"):
-        run_core_hub(sae, model, data)
+        run_sparse_probing_hub(sae, model, make_bench(tmp_path, data=data), 0, **NEWS)

@@ -1,48 +1,37 @@
 """sae_bench's TPP and SCR: planted answers, sae_bench's own path as reference, what the seed governs,
 caches."""
 
-import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from builders.saebench import load_model, make_bench, sae_of
 from tiny_models import save_model
 
-from dmsae_lib.config import load_config
 from dmsae_lib.data.corpus import PROBING_SETS, beginning, wheel_sets
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.data.workers import Workers
-from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.saebench import class_pairs as saebench_texts
-from dmsae_lib.saebench import perturbation as saebench_tpp
+from dmsae_lib.sae.model import FoldedSAE, MatryoshkaSAE
+from dmsae_lib.saebench import class_pairs, perturbation
 from dmsae_lib.saebench.adapter import Adapter, undisturbed
-from dmsae_lib.store.artifacts import UserError
+from dmsae_lib.store.artifacts import Artifact, UserError
 
 CONTEXT, WIDTH = 16, 32
 CLASSES = ("oak", "elm", "ash")
-ATTRIBUTES, BIASED = saebench_tpp.ATTRIBUTES, saebench_tpp.BIASED
+ATTRIBUTES, BIASED = perturbation.ATTRIBUTES, perturbation.BIASED
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("SAEBench tried to reach the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
     # sae_bench keeps the first epoch of the best test accuracy: on planted texts the first, so the probe must
     # learn fast
-    monkeypatch.setattr(saebench_tpp, "PROBE", saebench_tpp.PROBE | {"lr": 0.05})
-    monkeypatch.setattr(saebench_tpp, "PROBE_STEPS", 100)
-    monkeypatch.setattr(saebench_tpp, "probing_texts", set)
-    monkeypatch.setattr(saebench_tpp, "TPP_SETS", ("trees",))
-    monkeypatch.setattr(saebench_tpp, "SCR_PAIRS", ("jobs",))
-
-
-def make_model(folder, seed: int = 0, layer: int = 0) -> LanguageModel:
-    model = load_config("smoke").model.model_copy(
-        update={"name": str(folder), "hook_name": f"blocks.{layer}.hook_resid_post", "context_size": CONTEXT}
-    )
-    return LanguageModel(model)
+    monkeypatch.setattr(perturbation, "PROBE", perturbation.PROBE | {"lr": 0.05})
+    monkeypatch.setattr(perturbation, "PROBE_STEPS", 100)
+    monkeypatch.setattr(perturbation, "probing_texts", set)
+    monkeypatch.setattr(perturbation, "TPP_SETS", ("trees",))
+    monkeypatch.setattr(perturbation, "SCR_PAIRS", ("jobs",))
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +41,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama(folder) -> LanguageModel:
-    return make_model(folder)
+    return load_model(folder, context=CONTEXT)
 
 
-def tree_texts(name: str, seed: int) -> saebench_texts.Texts:
+def tree_texts(name: str, seed: int) -> class_pairs.Texts:
     return {
         split: {label: [f"{label} {seed} {i}" for i in range(*numbers)] for label in CLASSES}
         for split, numbers in (("train", (0, 90)), ("test", (90, 150)))
     }
 
 
-def job_texts(name: str, seed: int) -> saebench_texts.Texts:
+def job_texts(name: str, seed: int) -> class_pairs.Texts:
     def texts(jobs: str, genders: str, start: int, n: int) -> list[str]:
         kinds = [(job, gender) for job in jobs for gender in genders]
         return [
@@ -103,8 +92,8 @@ def trees(monkeypatch):
             row[:, CLASSES.index(text.split()[0])] = 3
         return list(x)
 
-    monkeypatch.setattr(saebench_tpp, "tpp_texts", tree_texts)
-    monkeypatch.setattr(saebench_tpp, "_residuals", residuals)
+    monkeypatch.setattr(perturbation, "tpp_texts", tree_texts)
+    monkeypatch.setattr(perturbation, "_residuals", residuals)
 
 
 @pytest.fixture
@@ -117,29 +106,34 @@ def jobs(monkeypatch):
             row[:, 0], row[:, 1] = 2 if text[0] == "p" else -2, 1 if text[1] == "m" else -1
         return list(x)
 
-    monkeypatch.setattr(saebench_tpp, "scr_texts", job_texts)
-    monkeypatch.setattr(saebench_tpp, "_residuals", residuals)
+    monkeypatch.setattr(perturbation, "scr_texts", job_texts)
+    monkeypatch.setattr(perturbation, "_residuals", residuals)
 
 
-def plain_sae(encoder: torch.Tensor, decoder: torch.Tensor | None = None) -> MatryoshkaSAE:
-    sae = MatryoshkaSAE(encoder.shape[1], len(encoder), (2,))
-    decoder = encoder if decoder is None else decoder
-    sae.load_state_dict(sae.state_dict() | {"free_rows": encoder, "W_dec": decoder})
-    return sae.requires_grad_(False)
-
-
-def both_signs() -> MatryoshkaSAE:
+def both_signs() -> FoldedSAE:
     rows = torch.eye(WIDTH)[[0, 1, 2, 3, 4]]
-    return plain_sae(torch.cat([rows, -rows]))
+    return sae_of(torch.cat([rows, -rows]))
 
 
-def blind() -> MatryoshkaSAE:
+def blind() -> FoldedSAE:
     """Latents for channels that hold nothing but noise."""
-    return plain_sae(torch.eye(WIDTH)[20:28])
+    return sae_of(torch.eye(WIDTH)[20:28])
+
+
+def run_tpp(sae: FoldedSAE, model: LanguageModel, cache: Path) -> dict:
+    return perturbation.run_perturbation(sae, model, make_bench(cache), 0, scr=False)
+
+
+def run_scr(sae: FoldedSAE, model: LanguageModel, cache: Path) -> dict:
+    return perturbation.run_perturbation(sae, model, make_bench(cache), 0, scr=True)
+
+
+def prepared(model: LanguageModel, cache: Path, seed: int = 0) -> Artifact:
+    return perturbation.prepare_perturbation(Workers(model), make_bench(cache), seed, scr=False)["trees"]
 
 
 def test_tpp_of_one_latent_per_class_and_of_latents_that_mix_classes(llama, tmp_path, trees, monkeypatch):
-    real = saebench_tpp._shared
+    real = perturbation._shared
 
     def ideal(*arguments, **options):
         arrays, record = real(*arguments, **options)
@@ -150,8 +144,8 @@ def test_tpp_of_one_latent_per_class_and_of_latents_that_mix_classes(llama, tmp_
             }
         return arrays, record
 
-    monkeypatch.setattr(saebench_tpp, "_shared", ideal)
-    planted = saebench_tpp.run_tpp(both_signs(), llama, tmp_path, seed=0)
+    monkeypatch.setattr(perturbation, "_shared", ideal)
+    planted = run_tpp(both_signs(), llama, tmp_path)
     # 10 latents: no n = 10
     assert list(planted["metrics"]) == [f"tpp_threshold_{n}_total_metric" for n in (2, 5)]
     assert all(value == 1 for value in planted["probe_accuracy"]["trees"].values())  # of the trained probes
@@ -160,14 +154,14 @@ def test_tpp_of_one_latent_per_class_and_of_latents_that_mix_classes(llama, tmp_
     everywhere = torch.zeros(WIDTH)
     everywhere[:3] = 1
     reads = torch.eye(WIDTH)[:3] + 0.5 * everywhere  # most on its own class, but on the others too
-    mixed = saebench_tpp.run_tpp(plain_sae(reads, 3 * everywhere.expand(3, -1)), llama, tmp_path, seed=0)
+    mixed = run_tpp(sae_of(reads, 3 * everywhere.expand(3, -1)), llama, tmp_path)
     assert mixed["sets"]["trees"]["scores"]["tpp_threshold_2_intended_diff_only"] == 0.5
     assert mixed["metrics"] == {"tpp_threshold_2_total_metric": 0}
-    assert set(saebench_tpp.run_tpp(blind(), llama, tmp_path, seed=0)["metrics"].values()) == {0}
+    assert set(run_tpp(blind(), llama, tmp_path)["metrics"].values()) == {0}
 
 
 def test_scr_gives_back_what_a_planted_bias_took(llama, tmp_path, jobs):
-    planted = saebench_tpp.run_scr(both_signs(), llama, tmp_path, seed=0)
+    planted = run_scr(both_signs(), llama, tmp_path)
     accuracy = planted["probe_accuracy"]["jobs"]
     assert accuracy["professor / nurse"] == 1 and accuracy["male / female"] > 0.95
     assert accuracy[f"{BIASED} probe on male / female data"] < 0.6  # the probe follows the job
@@ -176,21 +170,21 @@ def test_scr_gives_back_what_a_planted_bias_took(llama, tmp_path, jobs):
         == planted["sets"]["jobs"]["scores"]["scr_dir2_threshold_2"]
         > 0.9
     )
-    useless = saebench_tpp.run_scr(blind(), llama, tmp_path, seed=0)
+    useless = run_scr(blind(), llama, tmp_path)
     assert useless["metrics"]["scr_metric_threshold_2"] == pytest.approx(0, abs=0.1)
     assert planted["ties"] == useless["ties"] == []
 
 
 def test_a_tie_is_none_and_counted(llama, tmp_path, jobs, monkeypatch):
-    real = saebench_tpp._shared
+    real = perturbation._shared
 
     def tied(*arguments, **options):
         arrays, record = real(*arguments, **options)
         record["probe_accuracy"] |= {f"{BIASED} probe on {label} data": 0.75 for label in ATTRIBUTES}
         return arrays, record
 
-    monkeypatch.setattr(saebench_tpp, "_shared", tied)
-    found = saebench_tpp.run_scr(both_signs(), llama, tmp_path, seed=0)
+    monkeypatch.setattr(perturbation, "_shared", tied)
+    found = run_scr(both_signs(), llama, tmp_path)
     assert found["ties"] == ["jobs"] and set(found["metrics"].values()) == {None}
 
 
@@ -225,13 +219,13 @@ def by_sae_bench(adapter: Adapter, made, ns: list[int], pad: bool) -> dict[str, 
         return main.create_tpp_plotting_dict(ablated, record["probe_accuracy"])[0]
 
 
-def dense_sae(model: LanguageModel) -> MatryoshkaSAE:
+def dense_sae() -> FoldedSAE:
     """Random latents with biases, about half of them active on any text, and on the zero vector."""
     generator = torch.Generator().manual_seed(0)
     sae = MatryoshkaSAE(WIDTH, 24, (8,)).requires_grad_(False)
     sae.initialise(torch.Generator().manual_seed(0), torch.randn(64, WIDTH, generator=generator))
     sae.b_dec.copy_(torch.randn(WIDTH, generator=generator))
-    return sae
+    return sae.folded(1.0)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -251,12 +245,12 @@ def test_pooled_texts_give_what_sae_bench_computes_token_by_token(llama, tmp_pat
             for text in texts
         ]
 
-    monkeypatch.setattr(saebench_tpp, "tpp_texts", tree_texts)
-    monkeypatch.setattr(saebench_tpp, "_residuals", residuals)
-    monkeypatch.setattr(saebench_tpp, "TOKENS", 100)
-    sae = dense_sae(llama)
-    found = saebench_tpp.run_tpp(sae, llama, tmp_path, seed=0)["sets"]["trees"]
-    made = saebench_tpp.prepare_tpp(Workers(llama), tmp_path, seed=0)["trees"]
+    monkeypatch.setattr(perturbation, "tpp_texts", tree_texts)
+    monkeypatch.setattr(perturbation, "_residuals", residuals)
+    monkeypatch.setattr(perturbation, "TOKENS", 100)
+    sae = dense_sae()
+    found = run_tpp(sae, llama, tmp_path)["sets"]["trees"]
+    made = prepared(llama, tmp_path)
     theirs = by_sae_bench(Adapter(sae, llama), made, [2, 5, 10, 20], pad=True)
     # a text of 360 on the border, after rounding
     assert found["padded"] == pytest.approx(theirs, abs=2 / 360)
@@ -269,7 +263,7 @@ def test_pooled_texts_give_what_sae_bench_computes_token_by_token(llama, tmp_pat
 
 def test_residuals_are_the_models_own_without_bos(llama):
     texts = ["a cat", "def main(): return [x for x in range(10)]" * 3, "x"]
-    found = saebench_tpp._residuals(llama, texts, context=12)
+    found = perturbation._residuals(llama, texts, context=12)
     for text, resid in zip(texts, found):
         ids = llama.tokenizer(text, add_special_tokens=False)["input_ids"][:11]
         alone = llama.lower(torch.tensor([[llama.bos, *ids]]))[0, 1:]
@@ -280,11 +274,11 @@ def test_probes_that_know_nothing_are_not_run(llama, tmp_path, monkeypatch):
     def residuals(model, texts, context):
         return list(torch.randn(len(texts), 3, WIDTH, generator=torch.Generator().manual_seed(0)))
 
-    monkeypatch.setattr(saebench_tpp, "_residuals", residuals)
-    monkeypatch.setattr(saebench_tpp, "tpp_texts", tree_texts)
-    monkeypatch.setattr(saebench_tpp, "scr_texts", job_texts)
-    for run, name in ((saebench_tpp.run_tpp, "trees"), (saebench_tpp.run_scr, "jobs")):
-        found = run(both_signs(), llama, tmp_path, 0)
+    monkeypatch.setattr(perturbation, "_residuals", residuals)
+    monkeypatch.setattr(perturbation, "tpp_texts", tree_texts)
+    monkeypatch.setattr(perturbation, "scr_texts", job_texts)
+    for run, name in ((run_tpp, "trees"), (run_scr, "jobs")):
+        found = run(both_signs(), llama, tmp_path)
         assert (
             found["metrics"] == {}
             and "less than 0.6" in found["not_run"]
@@ -298,31 +292,36 @@ def test_a_pair_whose_bias_costs_nothing_is_left_out(llama):
         f"{BIASED} probe on {label} data": value for label, value in zip(ATTRIBUTES, (0.9, 0.86))
     }
     record = {"probe_accuracy": accuracy, "classes": [*ATTRIBUTES, BIASED], "test_texts": 400}
-    assert "standard error is 0.025" in saebench_tpp._poor(record, scr=True)  # 0.04 lost
-    assert saebench_tpp._poor(record | {"test_texts": 900}, scr=True) == ""
+    assert "standard error 0.025" in perturbation._poor(record, scr=True)  # 0.04 lost
+    assert perturbation._poor(record | {"test_texts": 900}, scr=True) == ""
 
 
 def test_nothing_is_left_behind_and_no_cache_is_taken_over(llama, folder, tmp_path, trees):
     state = torch.get_rng_state()
-    first = saebench_tpp.run_tpp(both_signs(), llama, tmp_path, seed=0)
+    first = run_tpp(both_signs(), llama, tmp_path)
     assert torch.is_grad_enabled() and torch.equal(torch.get_rng_state(), state)
     (place,) = tmp_path.iterdir()
     made = (place / "shared.safetensors").stat().st_mtime_ns
-    assert saebench_tpp.run_tpp(both_signs(), llama, tmp_path, seed=0) == first
+    assert run_tpp(both_signs(), llama, tmp_path) == first
     assert (place / "shared.safetensors").stat().st_mtime_ns == made
     other = save_model(tmp_path.parent / "retrained", seed=1, context=CONTEXT)
     for n, (model, seed) in enumerate(
-        ((make_model(other), 0), (make_model(folder, layer=1), 0), (llama, 1)), 2
+        (
+            (load_model(other, context=CONTEXT), 0),
+            (load_model(folder, layer=1, context=CONTEXT), 0),
+            (llama, 1),
+        ),
+        2,
     ):
-        artifact = saebench_tpp.prepare_tpp(Workers(model), tmp_path, seed)["trees"]
+        artifact = prepared(model, tmp_path, seed)
         assert len(list(tmp_path.iterdir())) == n and artifact.parents == {"model": model.hash}
     with pytest.raises(UserError, match="reads 8 channels"):
-        saebench_tpp.run_tpp(plain_sae(torch.eye(8)), llama, tmp_path, seed=0)
+        run_tpp(sae_of(torch.eye(8)), llama, tmp_path)
 
 
-@pytest.mark.parametrize("name", saebench_texts.TPP_SETS)
+@pytest.mark.parametrize("name", class_pairs.TPP_SETS)
 def test_tpp_texts(name):
-    texts = saebench_texts.tpp_texts(name, seed=0)
+    texts = class_pairs.tpp_texts(name, seed=0)
     flat = [text for classes in texts.values() for found in classes.values() for text in found]
     # no text twice, in no two classes or splits
     assert len(flat) == len(set(flat)) and all(text.strip() for text in flat)
@@ -333,20 +332,18 @@ def test_tpp_texts(name):
     assert not starts["train"] & starts["test"]  # nor a near-duplicate
     sizes = {split: {len(found) for found in classes.values()} for split, classes in texts.items()}
     assert sizes == {"train": {600}, "test": {300}} and 4 <= len(texts["train"]) <= 5
-    assert saebench_texts.tpp_texts(name, seed=0) == texts
-    other = saebench_texts.tpp_texts(name, seed=1)
+    assert class_pairs.tpp_texts(name, seed=0) == texts
+    other = class_pairs.tpp_texts(name, seed=1)
     label = next(iter(texts["train"]))
     assert set(other["train"][label]) != set(texts["train"][label])
     if name == "subjects":
-        assert set(flat) <= saebench_texts.probing_texts() and set(saebench_texts.SUBJECTS) <= set(
-            PROBING_SETS
-        )
+        assert set(flat) <= class_pairs.probing_texts() and set(class_pairs.SUBJECTS) <= set(PROBING_SETS)
 
 
-@pytest.mark.parametrize("name", saebench_texts.SCR_PAIRS)
+@pytest.mark.parametrize("name", class_pairs.SCR_PAIRS)
 def test_scr_texts(name):
     with undisturbed():
-        texts, again, other = (saebench_texts.scr_texts(name, seed) for seed in (0, 0, 1))
+        texts, again, other = (class_pairs.scr_texts(name, seed) for seed in (0, 0, 1))
     assert texts == again and set(texts["train"][BIASED]) != set(other["train"][BIASED])
     train, test = ({text for found in half.values() for text in found} for half in texts.values())
     assert not train & test and not set(map(beginning, train)) & set(map(beginning, test))
@@ -371,9 +368,7 @@ def test_scr_labels_are_those_of_the_wheel():
     import pandas as pd
 
     with undisturbed():
-        reviews, news = (
-            saebench_texts.scr_texts(name, 0)["train"] for name in ("product_film", "world_sport")
-        )
+        reviews, news = (class_pairs.scr_texts(name, 0)["train"] for name in ("product_film", "world_sport"))
     sets = "157_amazon_5star", "113_movie_sent", "97_news_class"
     tables = (pd.read_csv(wheel_sets()[name]).drop_duplicates("prompt").set_index("prompt") for name in sets)
     stars, films, topics = (table["target"] for table in tables)

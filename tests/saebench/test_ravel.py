@@ -2,18 +2,17 @@
 language."""
 
 import json
-import socket
 
 import pytest
 import torch
+from builders.saebench import load_model, make_bench, sae_of
 from tiny_models import save_model
 
-from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data.language_model import LanguageModel
-from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.sae.model import FoldedSAE
 from dmsae_lib.saebench import ravel as saebench_ravel
-from dmsae_lib.saebench.adapter import NotRun
 from dmsae_lib.saebench.ravel import run_ravel
+from dmsae_lib.saebench.runner import NotRun
 
 CITIES = "ABCDEFGHI"
 LABELS = {"Country": "xyz", "Language": "uvw"}  # city i lies in country i // 3 and speaks language i % 3
@@ -21,23 +20,12 @@ TEMPLATES = {
     "Country": [f"%s k{c}" for c in "abcdefghijkl"],
     "Language": [f"%s l{c}" for c in "abcdefghijkl"],
 }
-SELECTION = {"city": ["Country", "Language"]}
+SELECTION = {"entity_attribute_selection": {"city": ["Country", "Language"]}}
 SIZE = 8.0
 
 
 def label(city: int, attribute: str) -> str:
     return LABELS[attribute][city // 3 if attribute == "Country" else city % 3]
-
-
-@pytest.fixture(autouse=True)
-def no_network_nor_sweeping(monkeypatch):
-    def refuse(*_):
-        raise OSError("no network in this test")
-
-    # sae_bench calls it all the time, a third of a second each
-    monkeypatch.setattr("gc.collect", lambda *_: 0)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def save_knowing(folder, steps: int):
@@ -81,12 +69,6 @@ def save_knowing(folder, steps: int):
     return folder
 
 
-def load(folder, layer: int = 0) -> LanguageModel:
-    return LanguageModel(
-        ModelConfig(name=str(folder), hook_name=f"blocks.{layer}.hook_resid_post", context_size=16)
-    )
-
-
 @pytest.fixture(autouse=True)
 def few_batches(monkeypatch):
     monkeypatch.setattr(saebench_ravel, "BATCH_ROWS", 24)
@@ -94,7 +76,7 @@ def few_batches(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(one_thread, tmp_path_factory) -> LanguageModel:
-    return load(save_knowing(tmp_path_factory.mktemp("models") / "knowing", steps=150))
+    return load_model(save_knowing(tmp_path_factory.mktemp("models") / "knowing", steps=150), context=16)
 
 
 @pytest.fixture(scope="module")
@@ -113,30 +95,31 @@ def data(tmp_path_factory):
     return folder
 
 
-def sae_of(rows: torch.Tensor, bias: float = 0.0) -> MatryoshkaSAE:
-    """Latents that read and write the directions of ``rows`` (d_sae, d_in)."""
-    sae = MatryoshkaSAE(rows.shape[1], len(rows), (1,))
-    rows = torch.nn.functional.normalize(rows, dim=1)
-    sae.load_state_dict(sae.state_dict() | {"free_rows": rows, "W_dec": rows})
-    sae.b_enc.data.fill_(bias)
-    return sae.requires_grad_(False)
+def latents_of(rows: torch.Tensor, bias: float = 0.0) -> FoldedSAE:
+    sae = sae_of(torch.nn.functional.normalize(rows, dim=1))
+    sae.b_enc.fill_(bias)
+    return sae
+
+
+def run(sae, model, cache, data, seed=0):
+    return run_ravel(sae, model, make_bench(cache, data=data), seed, **SELECTION)
 
 
 def test_latents_for_attributes_score_1_and_latents_for_cities_a_half(model, data, tmp_path):
     axes = torch.eye(model.d_model)[:6]
     cities = torch.stack([axes[i // 3] + axes[3 + i % 3] for i in range(9)])
-    by_attribute = run_ravel(sae_of(axes), model, tmp_path, 0, data, SELECTION)
+    by_attribute = run(latents_of(axes), model, tmp_path, data)
     assert by_attribute["metrics"] == {"disentanglement_score": 1, "cause_score": 1, "isolation_score": 1}
     assert by_attribute["known_facts"] == {"city_Country": 108, "city_Language": 108}
     assert set(by_attribute["attributes"]) == {"city_Country", "city_Language"}
 
     # A city's latent fires with SIZE * sqrt(2) for it, half of that for its neighbours: only the first is
     # above the bias.
-    sae = sae_of(cities, bias=-0.75 * SIZE * 2**0.5)
+    sae = latents_of(cities, bias=-0.75 * SIZE * 2**0.5)
     sae.W_dec.data.mul_(4)  # what the bias took off
-    by_city = run_ravel(sae, model, tmp_path, 0, data, SELECTION)
+    by_city = run(sae, model, tmp_path, data)
     assert by_city["metrics"]["disentanglement_score"] < 0.6
-    assert run_ravel(sae_of(axes), model, tmp_path, 0, data, SELECTION) == by_attribute
+    assert run(latents_of(axes), model, tmp_path, data) == by_attribute
     assert torch.is_grad_enabled() and not list(model.folder.glob("blocks*"))
 
 
@@ -149,19 +132,16 @@ def test_facts_are_looked_up_once_for_each_model(model, data, tmp_path, monkeypa
         instance, "generate_batched", lambda *given, **options: calls.append(1) or real(*given, **options)
     )
     axes = torch.eye(model.d_model)[:6]
-    first = run_ravel(sae_of(axes), model, tmp_path, 0, data, SELECTION)
-    assert (
-        run_ravel(sae_of(axes.flip(0)), model, tmp_path, 1, None, SELECTION)["known_facts"]
-        == first["known_facts"]
-    )
+    first = run(latents_of(axes), model, tmp_path, data)
+    assert run(latents_of(axes.flip(0)), model, tmp_path, None, seed=1)["known_facts"] == first["known_facts"]
     assert len(calls) == 1 and len(list(tmp_path.iterdir())) == 1
-    ignorant = load(save_knowing(tmp_path / "ignorant", steps=0))
+    ignorant = load_model(save_knowing(tmp_path / "ignorant", steps=0), context=16)
     for _ in range(2):
         with pytest.raises(
             NotRun,
             match=r"answers \d+ of 108 questions about city: Country rightly, with . different answers",
         ):
-            run_ravel(sae_of(axes), ignorant, tmp_path, 0, data, SELECTION)
+            run(latents_of(axes), ignorant, tmp_path, data)
     assert len(calls) == 2
 
 
@@ -186,13 +166,13 @@ def test_the_shim_puts_what_a_hook_returns_into_the_model(model):
 
 
 def test_without_prompts_or_bos_the_reason_is_one_sentence(model, tmp_path, monkeypatch):
-    sae = sae_of(torch.eye(model.d_model)[:6])
+    sae = latents_of(torch.eye(model.d_model)[:6])
     why = r"^it needs the prompts of adamkarvonen/ravel_prompts, but (.* cannot be reached|HF_HUB_OFFLINE is set)[^\n]*$"
     with pytest.raises(NotRun, match=why):
-        run_ravel(sae, model, tmp_path, 0)
-    with pytest.raises(NotRun, match=r"and .*nowhere/adamkarvonen/ravel_prompts does not hold them$"):
-        run_ravel(sae, model, tmp_path, 0, tmp_path / "nowhere")
+        run_ravel(sae, model, make_bench(tmp_path), 0)
+    with pytest.raises(NotRun, match=r"and there is no .*nowhere/adamkarvonen/ravel_prompts$"):
+        run_ravel(sae, model, make_bench(tmp_path, data=tmp_path / "nowhere"), 0)
     assert not list(tmp_path.iterdir()) and torch.is_grad_enabled()
     monkeypatch.setattr(model.tokenizer, "encode", lambda text: [5])
     with pytest.raises(NotRun, match="puts no BOS before a text"):
-        run_ravel(sae, model, tmp_path, 0)
+        run_ravel(sae, model, make_bench(tmp_path), 0)

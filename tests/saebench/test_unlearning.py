@@ -7,20 +7,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from planted_tokens import NOISE, planted_model, reading_sae
+from builders.planted import NOISE, planted_model, reading_sae
+from builders.saebench import load_model, make_bench
 from tiny_models import save_model
 
-from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.saebench import unlearning as saebench_unlearning
-from dmsae_lib.saebench.adapter import NotRun
+from dmsae_lib.saebench.runner import NotRun
 from dmsae_lib.saebench.unlearning import official_name, run_unlearning
 from dmsae_lib.store.artifacts import UserError
 
 HOOK = "blocks.0.hook_resid_post"
-
-
-pytestmark = pytest.mark.usefixtures("no_network_nor_sweeping")
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +84,16 @@ def rule(monkeypatch, model):
     return asked
 
 
+def run(sae, model, cache, corpus=None, data=None):
+    return run_unlearning(sae, model, make_bench(cache, unlearning_corpus=corpus, data=data), 0)
+
+
 def test_the_latent_of_the_forget_corpus_is_found_and_clamped(model, data, tmp_path, rule):
     corpus = data / "forget/test.jsonl"
-    seeing = run_unlearning(reading_sae(model.d_model, [1, 0, 2]), model, tmp_path, 0, corpus, data)
+    seeing = run(reading_sae(model.d_model, [1, 0, 2]), model, tmp_path, corpus, data)
     assert seeing["metrics"] == {"unlearning_score": 1}
     learnt = len(rule)
-    blind = run_unlearning(reading_sae(model.d_model, [1, 2, 3]), model, tmp_path, 0, corpus, data)
+    blind = run(reading_sae(model.d_model, [1, 2, 3]), model, tmp_path, corpus, data)
     # what it knows is kept
     assert blind["metrics"] == {"unlearning_score": 0} and len(rule) - learnt < learnt
     (kept,) = tmp_path.iterdir()
@@ -107,16 +108,16 @@ def test_what_is_missing_is_named(model, data, tmp_path, rule, monkeypatch):
     with pytest.raises(
         NotRun, match=r"bio-forget-corpus.jsonl, which is given on request .*cais/wmdp-corpora"
     ):
-        run_unlearning(sae, model, tmp_path, 0)
+        run(sae, model, tmp_path)
     with pytest.raises(NotRun, match="nowhere.jsonl is no file"):
-        run_unlearning(sae, model, tmp_path, 0, tmp_path / "nowhere.jsonl")
+        run(sae, model, tmp_path, tmp_path / "nowhere.jsonl")
     with pytest.raises(
         NotRun, match="it needs the data set cais/wmdp, but (.* cannot be reached|HF_HUB_OFFLINE is set)"
     ):
-        run_unlearning(sae, model, tmp_path, 0, data / "forget/test.jsonl")
-    monkeypatch.undo()
+        run(sae, model, tmp_path, data / "forget/test.jsonl")
+    monkeypatch.setattr(saebench_unlearning, "official_name", official_name)
     with pytest.raises(NotRun, match="it needs gemma-2-2b-it or gemma-2-9b-it"):
-        run_unlearning(sae, model, tmp_path, 0)
+        run(sae, model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -126,7 +127,7 @@ def test_the_forget_corpus_is_read_like_any_text(model, data, tmp_path, rule):
     plain = (data / "forget/test.jsonl").read_bytes()
     corpus = tmp_path / "bio-forget-corpus.jsonl"
     corpus.write_bytes(b"\xef\xbb\xbf" + plain + b'\n{"text": "' + b"A" * 200 + b'\\ud83d"}\n')
-    found = run_unlearning(reading_sae(model.d_model, [1, 0, 2]), model, tmp_path / "cache", 0, corpus, data)
+    found = run(reading_sae(model.d_model, [1, 0, 2]), model, tmp_path / "cache", corpus, data)
     assert found["metrics"] == {"unlearning_score": 1}
     corpus.write_bytes(plain + b"\n\xff")
     with pytest.raises(
@@ -134,14 +135,12 @@ def test_the_forget_corpus_is_read_like_any_text(model, data, tmp_path, rule):
         match=rf"^saebench.suite.unlearning_corpus: .*bio-forget-corpus.jsonl is not UTF-8 .* at byte "
         rf"{len(plain) + 1}, in line 31\);",
     ):
-        run_unlearning(reading_sae(model.d_model, [1, 0, 2]), model, tmp_path / "cache", 0, corpus, data)
+        run(reading_sae(model.d_model, [1, 0, 2]), model, tmp_path / "cache", corpus, data)
 
 
 def test_only_an_instruction_tuned_gemma_2_will_do(tmp_path, monkeypatch):
     monkeypatch.setattr(saebench_unlearning, "OFFICIAL", {2: "gemma-2-2b-it"})
-    gemma = LanguageModel(
-        ModelConfig(name=str(save_model(tmp_path / "gemma", "gemma2")), hook_name=HOOK, context_size=16)
-    )
+    gemma = load_model(save_model(tmp_path / "gemma", "gemma2"), context=16)
     assert official_name(gemma) is None
     gemma.tokenizer.chat_template = "{{ messages }}"
     assert official_name(gemma) == "gemma-2-2b-it"

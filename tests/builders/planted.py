@@ -4,11 +4,12 @@ it or not."""
 from pathlib import Path
 
 import torch
+from builders.saebench import sae_of
 from tiny_models import save_model
 
 from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data.language_model import LanguageModel
-from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.sae.model import FoldedSAE
 
 PLANTED = "ABCDEFGHIJ"  # the i-th has channel i of the residual stream for itself
 NOISE = "MNOPQRSTUVWXYZ"
@@ -37,10 +38,6 @@ def planted_model(folder: Path, dtype: str = "float32", stir: float = 0.05) -> L
     )
 
 
-def reading_sae(d_in: int, channels: list[int]) -> MatryoshkaSAE:
+def reading_sae(d_in: int, channels: list[int]) -> FoldedSAE:
     """Latent i is channel ``channels[i]`` where it is above half the size of a planted one."""
-    rows = torch.eye(d_in)[channels]
-    sae = MatryoshkaSAE(d_in, len(channels), (1,))
-    sae.load_state_dict(sae.state_dict() | {"free_rows": rows, "W_dec": rows})
-    sae.threshold.fill_(SIZE / 2)
-    return sae.requires_grad_(False)
+    return sae_of(torch.eye(d_in)[channels], threshold=SIZE / 2)
