@@ -62,8 +62,8 @@ class Eval:
 
 def run_mdl(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> Row:
     raise NotRun(
-        "its bins reach from 0 to at least 100 whatever the activations are, and it needs the package loguru, which "
-        "sae-bench does not declare: it is not wired here"
+        "its bins reach from 0 to at least 100 whatever the activations are, and it needs the package "
+        "loguru, which sae-bench does not declare: it is not wired here"
     )
 
 

@@ -145,8 +145,8 @@ def prepare_absorption(workers: Workers, bench: Bench, seed: int) -> Artifact:
             raise NotRun(f"the prompts have {longest} tokens, more than model.context_size, {limit}")
         if missing := [LETTERS[i] for i in sorted(set(range(26)) - {letter for _, letter in drawn[0]})]:
             raise NotRun(
-                f"no word of the train split starts with {missing[0]!r} ({len(words)} words, {len(missing)} letters "
-                "missing), so that there is no probe for it"
+                f"no word of the train split starts with {missing[0]!r} ({len(words)} words, {len(missing)} "
+                "letters missing), so that there is no probe for it"
             )
         x_train, x_test = (prompts.residuals(part, position) for part in texts)
         frames = [pd.DataFrame({"answer_class": [letter for _, letter in part]}) for part in drawn]
@@ -187,10 +187,11 @@ def run_absorption(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> R
         config = AbsorptionEvalConfig(random_seed=seed)
         passed = [letter for letter, f1 in probe_f1.items() if f1 > config.min_GT_probe_f1]
         if len(passed) < config.min_feats_for_eval:
+            mean, name, hook = np.mean(list(probe_f1.values())), model.config.name, model.hook_name
             why = (
                 f"the ground-truth probes reach F1 > {config.min_GT_probe_f1} on {len(passed)} of 26 letters "
-                f"(mean F1 {np.mean(list(probe_f1.values())):.2f}) and sae_bench wants {config.min_feats_for_eval}: "
-                f"the residual stream of {model.config.name} at {model.hook_name} does not tell how words are spelt"
+                f"(mean F1 {mean:.2f}) and sae_bench wants {config.min_feats_for_eval}: the residual stream "
+                f"of {name} at {hook} does not tell how words are spelt"
             )
             return {"metrics": {}, "not_run": why, "probe_f1": probe_f1}
         if sae.d_sae < config.max_k_value:

@@ -71,7 +71,7 @@ def undisturbed() -> Iterator[None]:
     from threadpoolctl import threadpool_limits
 
     threads, numpy_state, python_state = torch.get_num_threads(), np.random.get_state(), random.getstate()
-    gc.freeze()  # sae_bench collects garbage after every batch: what was there before need not be looked through
+    gc.freeze()  # sae_bench collects garbage after every batch: it need not look at what was there before
     try:
         with (
             torch.random.fork_rng(devices=[]),

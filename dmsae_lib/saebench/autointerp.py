@@ -49,15 +49,15 @@ class Judge:
                 if answer.choices[0].message.content is not None:
                     return answer
                 self.failure = (
-                    f"its judge {self.model} gave no text in {request['max_tokens']} tokens: take a model that does "
-                    "not reason first"
+                    f"its judge {self.model} gave no text in {request['max_tokens']} tokens: take a model "
+                    "that does not reason first"
                 )
             # an endpoint may quote the key in what it says, so nothing of that is passed on
             except Exception as error:
                 code = f" ({error.status_code})" if hasattr(error, "status_code") else ""
                 self.failure = (
-                    f"its judge failed with {type(error).__name__}{code}: check the endpoint, the model {self.model} "
-                    f"and the key in {KEY}"
+                    f"its judge failed with {type(error).__name__}{code}: check the endpoint, the model "
+                    f"{self.model} and the key in {KEY}"
                 )
         return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=""))])
 
@@ -93,8 +93,8 @@ def run_autointerp(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> R
     )
     if context <= 2 * config.buffer or not n:
         raise UserError(
-            f"autointerp got {n} full rows of {context} tokens: it needs some of more than {2 * config.buffer}; "
-            "raise data.test_tokens or model.context_size."
+            f"autointerp got {n} full rows of {context} tokens: it needs some of more than "
+            f"{2 * config.buffer}; raise data.test_tokens or model.context_size."
         )
     judge = Judge(suite.judge_url, suite.judge)
     with (

@@ -16,14 +16,14 @@ SCR: two attributes in all four combinations. sae_bench's names are those of its
 classes are: ``professor`` / ``nurse`` for the first attribute, ``male`` / ``female`` for the second. The
 biased probe sees ``male_professor`` and ``female_nurse`` alone.
 
-================  =================  ==================  ===================  ======================================
-pair              professor          nurse               male / female        sets
-================  =================  ==================  ===================  ======================================
-product_film      Amazon products    films               good / bad review    157, 113 (probing sets, as
-above) product_business  Amazon products    Yelp businesses     good / bad review    157, 111 (one and five
-stars) business_film     Yelp businesses    films               good / bad review    111, 113 world_sport
-world news         sports news         Reuters / AP         97, 161, 162; agency named in the text
-================  =================  ==================  ===================  ======================================
+================  ===============  ================  =================  ====================================
+pair              professor        nurse             male / female      sets
+================  ===============  ================  =================  ====================================
+product_film      Amazon products  films             good / bad review  157, 113 (probing sets, as above)
+product_business  Amazon products  Yelp businesses   good / bad review  157, 111 (one and five stars)
+business_film     Yelp businesses  films             good / bad review  111, 113
+world_sport       world news       sports news       Reuters / AP       97, 161, 162; agency named in text
+================  ===============  ================  =================  ====================================
 """
 
 import re

@@ -121,10 +121,11 @@ def _count_known_facts(place: Path, config: Any) -> dict[str, int]:
             answers = {prompt.attribute_label for prompt in right}
             known[f"{entity}_{attribute}"] = len(right)
             if len(right) < FEWEST or len(answers) < 2:
+                asked = n_entities * len(templates[attribute])
                 raise NotRun(
-                    f"the model knows too few of the facts: it answers {len(right)} of "
-                    f"{n_entities * len(templates[attribute])} questions about {entity}: {attribute} rightly, with "
-                    f"{len(answers)} different answers; {FEWEST} and 2 are needed"
+                    f"the model knows too few of the facts: it answers {len(right)} of {asked} questions "
+                    f"about {entity}: {attribute} rightly, with {len(answers)} different answers; {FEWEST} "
+                    "and 2 are needed"
                 )
     return known
 
@@ -141,7 +142,8 @@ def run_ravel(sae: SAE, model: LanguageModel, bench: Bench, seed: int, **options
 
     if model.tokenizer.encode("a")[0] != model.bos:
         raise NotRun(
-            "the model's tokenizer puts no BOS before a text, and sae_bench's RAVEL counts positions as if it did"
+            "the model's tokenizer puts no BOS before a text, and sae_bench's RAVEL counts positions as if "
+            "it did"
         )
     ours = {"model_name": cache_name(model), "llm_dtype": "float32", "llm_batch_size": BATCH_ROWS}
     config = main.RAVELEvalConfig(**ours | options, random_seed=seed)

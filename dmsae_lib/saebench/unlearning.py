@@ -61,7 +61,8 @@ def run_unlearning(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> R
 
     if (name := official_name(model)) is None:
         raise NotRun(
-            "it needs gemma-2-2b-it or gemma-2-9b-it: sae_bench has prompts for these instruction-tuned models alone"
+            "it needs gemma-2-2b-it or gemma-2-9b-it: sae_bench has prompts for these instruction-tuned "
+            "models alone"
         )
     corpus = bench.settings.suite.unlearning_corpus
     if corpus is None or not Path(corpus).is_file():

@@ -1,4 +1,4 @@
-"""What the tests of SAEBench's evals share: SAEs of given rows, a bench around a cache, and a process's state."""
+"""What the tests of SAEBench's evals share: SAEs of given rows, benches, and a process's state."""
 
 import random
 from pathlib import Path
@@ -15,7 +15,7 @@ from dmsae_lib.saebench.runner import Bench
 
 
 def sae_of(encoder: Tensor, decoder: Tensor | None = None, threshold: float = 0.0) -> FoldedSAE:
-    """Latents that read the rows of ``encoder`` (d_sae, d_in) and write those of ``decoder``, the same if None."""
+    """Latents that read ``encoder`` (d_sae, d_in) and write ``decoder``, by default the same rows."""
     sae = FoldedSAE(encoder.shape[1], len(encoder), (1,))
     rows = {"free_rows": encoder, "W_dec": encoder if decoder is None else decoder}
     sae.load_state_dict(sae.state_dict() | rows)
@@ -40,7 +40,7 @@ def load_model(folder: Path, layer: int = 0, context: int = 32) -> LanguageModel
 
 
 def state(*places: Path) -> tuple[Any, ...]:
-    """What an eval must leave as it was: the process's settings and random numbers, and the files in ``places``."""
+    """What an eval must leave as it was: settings and random numbers, and the files in ``places``."""
     draws = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
     files = {path for place in places for path in place.rglob("*") if "__pycache__" not in path.parts}
     return torch.is_grad_enabled(), torch.get_num_threads(), *draws, files

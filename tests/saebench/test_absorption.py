@@ -161,7 +161,7 @@ def test_absorption_is_found_where_it_was_planted(model, cache):
     words = recognised(model, cache)
     half, *hidden = [channel for _, channel in words[: 1 + len(words) // 2]]
     assert len(hidden) >= 2 and len(words) > 1 + len(hidden)
-    found = absorption.run_absorption(spelling_sae({half: 0.5} | dict.fromkeys(hidden, 0.0)), model, cache)
+    found = run(spelling_sae({half: 0.5} | dict.fromkeys(hidden, 0.0)), model, cache)
     assert found["n_letters"] == 26 and min(found["probe_f1"].values()) > 0.6
     probe = probes_of(model, cache).tensors("probes.safetensors")["weight"][S]
     # of the half-absorbed word, along the probe

@@ -47,7 +47,7 @@ def identity_sae(d: int, threshold: float = 0.0) -> FoldedSAE:
 
 
 def core_sae(model: LanguageModel) -> FoldedSAE:
-    """An untrained SAE with a ReLU core of 4 and a threshold on the rest, scaled to the model's activations."""
+    """An untrained SAE with a ReLU core of 4 and a threshold on the rest, scaled to the activations."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(4, model.d_model, generator=generator), dim=1)
     x = model.lower(torch.randint(3, 300, (4, CONTEXT), generator=generator)).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""SAEBench's sparse probing: planted latents, activations that are the model's own, and texts that occur once."""
+"""SAEBench's sparse probing: planted latents, the model's own activations, and texts that occur once."""
 
 import json
 import sys
@@ -261,13 +261,13 @@ def test_what_sae_bench_leaves_out_is_an_error(llama, tmp_path, planted, monkeyp
     real = main.run_eval
     sae = probe_sae(llama.d_model, planted)
 
-    def forgetful(config, *rest):
+    def forgetful(config, *rest, **options):
         config.dataset_names = config.dataset_names[:1]
-        return real(config, *rest)
+        return real(config, *rest, **options)
 
-    for broken in (lambda *_: {}, forgetful):
+    for broken, why in ((lambda *_, **__: {}, "0 results for one SAE"), (forgetful, "left out")):
         monkeypatch.setattr(main, "run_eval", broken)
-        with pytest.raises(RuntimeError, match="left something out"):
+        with pytest.raises(RuntimeError, match=why):
             probing.run_probing(sae, llama, bench(tmp_path), seed=0)
 
 

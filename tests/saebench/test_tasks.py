@@ -133,7 +133,8 @@ def test_an_eval_is_added_by_its_function_and_its_name(llama, tmp_path, monkeypa
 
 
 def test_a_configuration_is_checked_without_torch():
-    code = "import sys; from dmsae_lib.config import load_config; load_config('smoke'); assert 'torch' not in sys.modules"
+    code = "import sys; from dmsae_lib.config import load_config; load_config('smoke')"
+    code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
