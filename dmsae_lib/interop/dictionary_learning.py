@@ -22,6 +22,7 @@ from torch import Tensor
 from dmsae_lib.interop.foreign import Foreign
 from dmsae_lib.interop.saelens import build, new_folder, open_sae
 from dmsae_lib.store.artifacts import Artifact, UserError, write_json
+from dmsae_lib.store.atomic import explain_errors
 
 WEIGHTS = ("ae.safetensors", "ae.pt")
 FILES = {"ae.safetensors", "config.json", "README.md"}
@@ -111,17 +112,13 @@ def load_dictionary_learning(where: Path | str) -> Foreign:
     Raises UserError where a file is missing, damaged or a pickle of more than tensors, or the SAE cannot be
     used here.
     """
-    try:
+    remedy = (
+        f"it must hold config.json with trainer.dict_class, layer and lm_name, and {' or '.join(WEIGHTS)}"
+    )
+    with explain_errors(f"{where} is no SAE of dictionary_learning", remedy):
         config, state = _read(Path(where).expanduser())
         trainer = config["trainer"]
         name, layer, model_name = trainer["dict_class"], int(trainer["layer"]), trainer["lm_name"]
-    # missing files and keys, broken JSON, and whatever safetensors and torch raise
-    except Exception as error:
-        text = " ".join(str(error).split()).rstrip(".")[:160]
-        raise UserError(
-            f"{where} is no SAE of dictionary_learning ({type(error).__name__}: {text}); it must hold "
-            f"config.json with trainer.dict_class, layer and lm_name, and {' or '.join(WEIGHTS)}."
-        ) from error
     if name not in CLASSES:
         raise UserError(f"{where} is a {name}: only {', '.join(CLASSES)} of dictionary_learning can be used.")
     submodule = trainer.get("submodule_name") or "resid_post"

@@ -20,7 +20,7 @@ from dmsae_lib.interop.foreign import Foreign
 from dmsae_lib.sae.model import load_folded
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import Artifact, UserError
-from dmsae_lib.store.atomic import replacing
+from dmsae_lib.store.atomic import explain_errors, replacing
 
 FILES = {"cfg.json", "sae_weights.safetensors"}  # of a SAELens folder
 DEFAULTS = {"hook_head_index": None, "prepend_bos": True, "model_from_pretrained_kwargs": {}}  # of metadata
@@ -118,16 +118,10 @@ def load_saelens(where: Path | str) -> Foreign:
 
     release, colon, sae_id = str(where).partition(":")
     folder = Path(where).expanduser()
-    try:
+    remedy = "give a folder with cfg.json and sae_weights.safetensors, or release:sae_id"
+    with explain_errors(f"{where} is no SAE that SAELens can load", remedy):
         if colon and not folder.is_dir():
             sae = SAE.from_pretrained(release, sae_id)
         else:
             sae = SAE.load_from_disk(folder, dtype="float32")
-    # missing files, broken JSON, unknown architectures, the network: each raises another kind
-    except Exception as error:
-        text = " ".join(str(error).split()).rstrip(".")[:160]
-        raise UserError(
-            f"{where} is no SAE that SAELens can load ({type(error).__name__}: {text}); give a folder with "
-            "cfg.json and sae_weights.safetensors, or release:sae_id."
-        ) from error
     return Foreign(sae, str(where))

@@ -14,6 +14,7 @@ from dmsae_lib.config.fields import EMBEDDED
 from dmsae_lib.distill.core_format import FILES, HUB_ID, PortableCore, load_core, names_folder, write_files
 from dmsae_lib.report.results import Results
 from dmsae_lib.store.artifacts import UserError, load
+from dmsae_lib.store.atomic import explain_errors
 
 TEMPLATE = Path(__file__).with_name("templates") / "core_card.md.j2"
 TAGS = ["dmsae-core", "sparse-autoencoder", "matryoshka-sae", "interpretability", "arxiv:2512.24975"]
@@ -57,16 +58,13 @@ def push_core(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(library_name="dmsae")
-    try:
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    remedy = (
+        "check name and network, and log in (`hf auth login`, or HF_TOKEN) with a token that may write there"
+    )
+    with explain_errors(f"The Hub did not take the core for {to}", remedy):
         api.create_repo(str(to), private=private, exist_ok=True)
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         return api.create_commit(str(to), operations, commit_message=f"Core {core.hash[:12]}").commit_url
-    except Exception as error:  # the Hub client raises a dozen kinds, from DNS to a token that may not write
-        said = " ".join(str(error).split())[:200].rstrip(".")
-        raise UserError(
-            f"The Hub did not take the core for {to} ({type(error).__name__}: {said}): check the name and "
-            "the network, and log in (`hf auth login`, or HF_TOKEN) with a token that may write there."
-        ) from error
 
 
 def model_card(

@@ -45,7 +45,7 @@ def _error_number(error: Exception) -> int | None:
 
 @contextlib.contextmanager
 def explain_errors(what: str, remedy: str) -> Iterator[None]:
-    """UserError "``what`` (kind: first line); ``remedy``." for what a library raises inside the block.
+    """UserError "``what`` (kind: its text, cut); ``remedy``." for what a library raises inside the block.
 
     For libraries whose kinds of exceptions are many and change from release to release.
     """
@@ -54,7 +54,7 @@ def explain_errors(what: str, remedy: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        said = ": " + str(error).strip().partition("\n")[0].rstrip(".")[:160]
+        said = ": " + " ".join(str(error).split())[:160].rstrip(".")
         raise UserError(f"{what} ({type(error).__name__}{said.rstrip(': ')}); {remedy}.") from error
 
 

@@ -278,7 +278,7 @@ UNUSABLE = [
     ({"normalize_activations": "expected_average_only_in"}, "fold the normaliser"),
     (
         {"reshape_activations": "hook_z", "metadata": {"hook_name": "blocks.0.attn.hook_z"}},
-        "heads of an attention layer",
+        "attention layer.s heads",
     ),
 ]
 

@@ -1,19 +1,21 @@
-"""Cores pushed into folders and, by the real Hub client, to a small Hub on this machine; and what the model
-card says."""
+"""Cores pushed into folders and, by the real Hub client, to a Hub on this machine; what the card says."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import factory
+import jinja2
 import pytest
 import tiny_core
 import torch
-from fake_hub import Hub, hub
+from builders.hub import hub
 from huggingface_hub import ModelCard
 from tiny_core import rewrite
 
@@ -42,11 +44,9 @@ def folder(run, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory) -> dict:
     """A summary whose numbers follow from the factory's formulas."""
-    root = tmp_path_factory.mktemp("synthetic")
     config = factory.config(CYCLES, ks=(24, 48, 64, 80), seeds=(0, 1), controls={})
-    return json.loads(
-        (write_summary(factory.build_run(root, config, scored=False)) / "summary.json").read_text()
-    )
+    run = factory.build_run(tmp_path_factory.mktemp("synthetic"), config, scored=False)
+    return json.loads((write_summary(run) / "summary.json").read_text())
 
 
 def results_of(run: Run, summary: dict, folder: Path, core: str = "") -> Path:
@@ -63,25 +63,7 @@ def code_of(card: str) -> str:
     return re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
 
 
-def python(code: str, server: Hub, home: Path, **more: str) -> subprocess.CompletedProcess:
-    """Run ``code`` with the Hub client pointed at ``server`` and an empty home of its own."""
-    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    environment |= {
-        "HF_ENDPOINT": server.address,
-        "HF_HOME": str(home),
-        "HOME": str(home),
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": TOKEN,
-    } | more
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True
-    )
-
-
-# ------------------------------------------------------------------------------------------------- into a
-# folder
+# Into a folder
 
 
 def test_into_a_folder_and_back(folder, tmp_path):
@@ -104,8 +86,7 @@ def test_what_is_damaged_is_not_pushed(folder, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
-# ------------------------------------------------------------------------------------------------------ the
-# card
+# The card
 
 
 def test_the_cards_front_matter(folder, tmp_path):
@@ -116,9 +97,8 @@ def test_the_cards_front_matter(folder, tmp_path):
     assert {"sparse-autoencoder", "dmsae-core", "arxiv:2512.24975"} <= set(data.tags)
     rewrite(folder, model=load_core(folder).record["model"] | {"name": "google/gemma-2-2b"})
     card = ModelCard(model_card(load_core(folder), "me/core", licence="gemma"))
-    assert card.data.base_model == "google/gemma-2-2b" and card.text.lstrip().startswith(
-        "# Distilled core of google/gemma-2-2b"
-    )
+    assert card.data.base_model == "google/gemma-2-2b"
+    assert card.text.lstrip().startswith("# Distilled core of google/gemma-2-2b")
 
 
 def test_a_licence_is_asked_for_unless_the_model_came_with_the_clone(folder):
@@ -132,7 +112,7 @@ def test_a_licence_is_asked_for_unless_the_model_came_with_the_clone(folder):
 def test_the_card_says_what_the_core_is(run, folder):
     core = load_core(folder)
     card, record = model_card(core, licence="mit"), core.record
-    frequencies = sorted(latent.frequency for latent in core.latents)
+    frequency = sum(latent.frequency for latent in core.latents)
     for fact in (
         f"| W_enc | (32, {len(core)}) float32 |",
         "| scale | 7.25:",
@@ -145,15 +125,11 @@ def test_the_card_says_what_the_core_is(run, folder):
         "mean_abs, coverage 0.8, over 100 tokens (text: texts.jsonl)",
         record["model"]["hash"],
         record["parents"]["harvest"],
-        f"{sum(frequencies):.1f} of its latents",
+        f"{frequency:.1f} of its latents",
     ):
         assert fact in card, fact
-    table = dict(re.findall(r"(\d): (\d+)", re.search(r"first selected in cycle \| (.*) \|", card)[1]))
-    assert table == {
-        str(t): str(sum(latent.id.startswith(f"c{t}:") for latent in core.latents))
-        for t in range(3)
-        if any(latent.first_cycle == t for latent in core.latents)
-    }
+    cycles = Counter(latent.id[1:].partition(":")[0] for latent in core.latents)
+    assert f"| first selected in cycle | {', '.join(f'{t}: {cycles[t]}' for t in sorted(cycles))} |" in card
     assert "No results were given" in card and str(run.root) not in card and "{" not in card.split("```")[0]
 
 
@@ -165,27 +141,32 @@ def test_the_card_gives_the_runs_own_numbers(run, folder, synthetic, tmp_path):
     for k in (64, 80):
         for arm in ("none", "distilled"):
             totals = [k * (1 + 0.005 * (seed - 1)) for seed in (0, 1)]
-            expected = mean(factory.loss_increase(arm, total, seed) for seed, total in enumerate(totals))
-            found = rows[str(k), arm]
-            assert found[2] == "2" and float(found[6]) == pytest.approx(expected, abs=6e-5)
-            assert float(found[5]) == pytest.approx(
-                mean(factory.fvu(arm, total) for total in totals), abs=6e-5
-            )
+            expected = mean(factory.loss_increase(arm, L0, seed) for seed, L0 in enumerate(totals))
+            seeds, *_, fvu, increase = rows[str(k), arm][2:]
+            assert seeds == "2" and float(increase) == pytest.approx(expected, abs=6e-5)
+            assert float(fvu) == pytest.approx(mean(factory.fvu(arm, L0) for L0 in totals), abs=6e-5)
     assert ("24", "distilled (unbound)") in rows and ("24", "none") in rows
     for name, claim in synthetic["claims"].items():
         assert f"| {name}: {claim['claim']} | **{claim['verdict']}** |" in card
 
 
 def test_another_cores_results_are_refused(run, folder, synthetic, tmp_path):
+    other = results_of(run, synthetic, tmp_path / "other", core="0" * 64)
     with pytest.raises(UserError, match="were not trained with this core"):
-        model_card(
-            load_core(folder), None, results_of(run, synthetic, tmp_path / "other", core="0" * 64), "mit"
-        )
+        model_card(load_core(folder), None, other, "mit")
     results = results_of(run, synthetic, tmp_path / "own")
     for changes in ({"reading": "all_of_last"}, {"cycle": 1}):
         part = load_core(export_core(run, tmp_path / "part", **changes))
         with pytest.raises(UserError, match="were not trained with this core"):
             model_card(part, None, results, "mit")
+
+
+def test_the_template_is_given_all_that_it_names(run, folder, synthetic, tmp_path, monkeypatch):
+    """jinja2 by itself writes nothing in the place of a name that it does not know."""
+    monkeypatch.setattr(jinja2, "Template", partial(jinja2.Template, undefined=jinja2.StrictUndefined))
+    results = results_of(run, synthetic, tmp_path / "results")
+    for where, measured in ((None, None), ("me/core", results)):
+        assert model_card(load_core(folder), where, measured, "mit").endswith("frequency.\n")
 
 
 @pytest.mark.parametrize("sparsity", ["relu", "batchtopk"])
@@ -197,9 +178,8 @@ def test_the_cards_code_runs_as_it_stands(folder, sparsity, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / "target")
     torch.manual_seed(0)
     losses: list[float] = []
-    code = code_of(Path("README.md").read_text()).replace(
-        "    optimizer.zero_grad()", "    seen(loss)\n    optimizer.zero_grad()"
-    )
+    code, last = code_of(Path("README.md").read_text()), "    optimizer.zero_grad()"
+    code = code.replace(last, f"    seen(loss)\n{last}")
     names: dict = {"seen": lambda loss: losses.append(loss.item())}
     exec(compile(code, "card", "exec"), names)
     size, f = len(core), names["f"]
@@ -214,15 +194,21 @@ def test_the_cards_code_runs_as_it_stands(folder, sparsity, tmp_path, monkeypatc
         assert names["k"] == 8 and int((f > 0).sum()) <= 8 * len(f)
 
 
-# ------------------------------------------------------------------------------------------------------- the
-# Hub
+# The Hub
 
 
-ONLINE = """
+HUB = """
 import os
+from huggingface_hub import constants
 from dmsae_lib.store.artifacts import UserError
 from dmsae_lib.distill.core_format import load_core
 from dmsae_lib.report.card import push_core
+
+def refused(function, *given, **named):
+    try:
+        function(*given, **named)
+    except UserError as error:
+        print(error)
 
 print(push_core({folder!r}, "me/core", licence="mit"))
 core = load_core("me/core")
@@ -230,21 +216,11 @@ print(core.hash, float(core.W_enc.double().sum()))
 {example}
 print(tuple(W_enc.shape))
 os.environ["HF_TOKEN"] = "another"
-for refused in (lambda: load_core("me/nothing"), lambda: push_core({folder!r}, "you/core", licence="mit")):
-    try:
-        refused()
-    except UserError as error:
-        print(error)
-"""
-OFFLINE = """
-from dmsae_lib.store.artifacts import UserError
-from dmsae_lib.distill.core_format import load_core
-
+refused(load_core, "me/nothing")
+refused(push_core, {folder!r}, "you/core", licence="mit")
+constants.HF_HUB_OFFLINE = True  # what the variable of that name sets
 print(load_core("me/core").hash)
-try:
-    load_core("me/nothing")
-except UserError as error:
-    print(error)
+refused(load_core, "me/nothing")
 """
 
 
@@ -253,26 +229,25 @@ def test_to_the_hub_and_back_in_one_call_each(folder, tmp_path):
     home, core = tmp_path / "home", load_core(folder)
     home.mkdir()
     card = model_card(core, "me/core", licence="mit")
+    kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    kept |= {"HOME": str(home), "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN}
+    code = HUB.format(folder=str(folder), example=code_of(card))
     with hub(TOKEN) as server:
-        done = python(ONLINE.format(folder=str(folder), example=code_of(card)), server, home)
+        kept |= {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=kept, cwd=home, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [(new["organization"], new["name"], new["visibility"]) for new in server.created] == [
-        ("me", "core", "private")
-    ]
+    [new] = server.created
+    assert (new["organization"], new["name"], new["visibility"]) == ("me", "core", "private")
     assert server.messages == [f"Core {core.hash[:12]}"] and 'snapshot_download("me/core")' in card
     expected = {path.name: path.read_bytes() for path in folder.iterdir()} | {"README.md": card.encode()}
     assert server.repos == {"me/core": expected}
-    address, pulled, shape, unknown, forbidden = done.stdout.splitlines()
+    address, pulled, shape, unknown, forbidden, cached, not_cached = done.stdout.splitlines()
     assert address == f"{server.address}/me/core/commit/{'1' * 40}" and shape == "(32, 48)"
-    assert pulled == f"{core.hash} {float(core.W_enc.double().sum())}"
-    assert unknown.startswith(
-        "There is no folder me/nothing and the Hub did not give it (RepositoryNotFoundError); check the name"
-    )
+    assert pulled == f"{core.hash} {float(core.W_enc.double().sum())}" and cached == core.hash
+    for said, kind in ((unknown, "RepositoryNotFoundError"), (not_cached, "LocalEntryNotFoundError")):
+        assert said.startswith("There is no folder me/nothing") and kind in said
     assert forbidden.startswith("The Hub did not take the core for you/core (") and "401" in forbidden
     assert forbidden.endswith("with a token that may write there.")
-    offline = python(OFFLINE, server, home, HF_HUB_OFFLINE="1").stdout.splitlines()  # that Hub is gone
-    assert offline[0] == core.hash and offline[1].startswith(
-        "There is no folder me/nothing and the Hub did not give it"
-    )
     written = [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert not written and TOKEN not in done.stdout + done.stderr

@@ -1,8 +1,6 @@
-"""As much of the Hub as creating a repository, one commit, and a snapshot's download ask for, on this machine
-alone.
+"""As much of the Hub as making a repository, one commit, and a download of all files ask for, on this machine.
 
-Every file is taken as a regular one (the real Hub takes large ones by another way, which is the client's
-affair).
+Every file is taken as a regular one (the real Hub takes large ones another way: the affair of its client).
 """
 
 import base64
@@ -45,26 +43,21 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"error": "Invalid username or password."}, 401)
         if path[1:] == ["repos", "create"]:
             self.server.created.append(json.loads(body))
-            return self.answer(
-                {"url": "{}/{organization}/{name}".format(self.server.address, **self.server.created[-1])}
-            )
+            url = "{}/{organization}/{name}".format(self.server.address, **self.server.created[-1])
+            return self.answer({"url": url})
         if path[1] == "validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if path[4] == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]
-            return self.answer(
-                {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
-            )
+            answers = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            return self.answer({"files": answers})
         lines = [json.loads(line) for line in body.splitlines()]
         self.server.messages += [line["value"]["summary"] for line in lines if line["key"] == "header"]
-        self.server.repos["/".join(path[2:4])] = {
-            line["value"]["path"]: base64.b64decode(line["value"]["content"])
-            for line in lines
-            if line["key"] == "file"
-        }
-        self.answer(
-            {"commitUrl": f"{self.server.address}/{path[2]}/{path[3]}/commit/{SHA}", "commitOid": SHA}
-        )
+        files = [line["value"] for line in lines if line["key"] == "file"]
+        content = {file["path"]: base64.b64decode(file["content"]) for file in files}
+        self.server.repos["/".join(path[2:4])] = content
+        address = f"{self.server.address}/{path[2]}/{path[3]}/commit/{SHA}"
+        self.answer({"commitUrl": address, "commitOid": SHA})
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0].strip("/").split("/")
@@ -74,13 +67,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         oids = {name: hashlib.sha1(content).hexdigest() for name, content in files.items()}
         if listing and path[4] == "tree":
-            return self.answer(
-                [{"type": "file", "path": n, "size": len(files[n]), "oid": oids[n]} for n in files]
-            )
+            entries = [{"path": n, "size": len(files[n]), "oid": oids[n]} for n in files]
+            return self.answer([{"type": "file", **entry} for entry in entries])
         if listing:
-            return self.answer(
-                {"id": "/".join(path[2:4]), "sha": SHA, "siblings": [{"rfilename": name} for name in files]}
-            )
+            siblings = [{"rfilename": name} for name in files]
+            return self.answer({"id": "/".join(path[2:4]), "sha": SHA, "siblings": siblings})
         self.answer(files[path[4]], ETag=f'"{oids[path[4]]}"')
 
     do_HEAD = do_GET
