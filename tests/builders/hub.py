@@ -1,4 +1,4 @@
-"""As much of the Hub as making a repository, one commit, and a download of all files ask for, on this machine.
+"""As much of the Hub as making a repository, one commit, and a download of all files ask for, on one machine.
 
 Every file is taken as a regular one (the real Hub takes large ones another way: the affair of its client).
 """
