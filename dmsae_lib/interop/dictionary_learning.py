@@ -112,9 +112,7 @@ def load_dictionary_learning(where: Path | str) -> Foreign:
     Raises UserError where a file is missing, damaged or a pickle of more than tensors, or the SAE cannot be
     used here.
     """
-    remedy = (
-        f"it must hold config.json with trainer.dict_class, layer and lm_name, and {' or '.join(WEIGHTS)}"
-    )
+    remedy = f"it must hold {' or '.join(WEIGHTS)}, and config.json with trainer.dict_class, layer and lm_name"
     with explain_errors(f"{where} is no SAE of dictionary_learning", remedy):
         config, state = _read(Path(where).expanduser())
         trainer = config["trainer"]
@@ -125,18 +123,7 @@ def load_dictionary_learning(where: Path | str) -> Foreign:
     if not submodule.startswith("resid_post"):
         raise UserError(f"{where} reads {submodule}: use an SAE of the residual stream after a block.")
     architecture, subtracts, names = CLASSES[name]
-    try:
-        weights = {ours: state[theirs] for ours, theirs in names.items()}
-        if names is not DIRECT:
-            weights |= {name: weights[name].T for name in LAYERS}
-        settings = {"k": int(state["k"])} if architecture == "topk" else {}
-        if architecture == "jumprelu":
-            weights["threshold"] = weights["threshold"].expand(weights["W_enc"].shape[1])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{where} lacks weights of a {name} ({error}): get its files again.") from error
-    if architecture == "jumprelu" and bool((weights["threshold"] < 0).all()):
-        raise UserError(f"{where} has no threshold yet: train it past threshold_start_step, or set it.")
-    widths = config.get("matryoshka_widths")
+    settings, widths = {"apply_b_dec_to_input": subtracts}, config.get("matryoshka_widths")
     if "group_sizes" in state:
         widths = list(accumulate(state["group_sizes"].tolist()))
     metadata = {
@@ -147,5 +134,15 @@ def load_dictionary_learning(where: Path | str) -> Foreign:
         "training_architecture_details": {"matryoshka_widths": widths},
         "dmsae": config.get("dmsae"),
     }
-    sae = build(architecture, weights, metadata, apply_b_dec_to_input=subtracts, **settings)
+    with explain_errors(f"{where} lacks weights of a {name}", "get its files again"):
+        weights = {ours: state[theirs] for ours, theirs in names.items()}
+        if names is not DIRECT:
+            weights |= {name: weights[name].T for name in LAYERS}
+        if architecture == "topk":
+            settings["k"] = int(state["k"])
+        if architecture == "jumprelu":
+            weights["threshold"] = weights["threshold"].expand(weights["W_enc"].shape[1])
+            if bool((weights["threshold"] < 0).all()):
+                raise UserError(f"{where} has no threshold yet: train it past threshold_start_step, or set it.")
+        sae = build(architecture, weights, metadata, **settings)
     return Foreign(sae, str(where))

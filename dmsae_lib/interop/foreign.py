@@ -48,18 +48,14 @@ class Foreign(nn.Module):
         self.where, self.architecture, self.metadata = where, cfg.architecture(), cfg.metadata
         if self.architecture not in EVALUATED:
             usable = ", ".join(EVALUATED)
-            raise UserError(
-                f"{where} is of architecture {self.architecture}: only {usable} are evaluated here."
-            )
+            raise UserError(f"{where} is of architecture {self.architecture}: only {usable} can be used here.")
         if cfg.normalize_activations != "none":
             raise UserError(
                 f"{where} wants activations normalised by {cfg.normalize_activations}: only an SAE for plain "
                 "activations can be used here; fold the normaliser into its weights before saving it."
             )
         if cfg.reshape_activations != "none":
-            raise UserError(
-                f"{where} reads the heads of an attention layer: use an SAE of the residual stream."
-            )
+            raise UserError(f"{where} reads an attention layer's heads: use an SAE of the residual stream.")
         self.sae, self.d_in, self.d_sae = sae.requires_grad_(False), cfg.d_in, cfg.d_sae
         if (sae.W_dec.norm(dim=1) - 1).abs().max() > UNIT:
             # top-k by unscaled activations is left as it is, as sae_bench leaves it
@@ -108,19 +104,13 @@ class Foreign(nn.Module):
         """Raises UserError unless it was trained on this model, at this hook."""
         name, hook_name, ours = self.metadata.model_name, self.metadata.hook_name, model.config.name
         if not name or not hook_name:
-            wrong = (
-                "does not say its model and hook: add model_name and hook_name to metadata in its cfg.json"
-            )
+            wrong = "does not say what it reads: add model_name and hook_name to metadata in its cfg.json"
         elif _plain_name(name) != _plain_name(ours):
             wrong = f"was trained on {name} and the run's model is {ours}: use an SAE of that model"
         elif (self.metadata.dmsae or {}).get("model_hash", model.hash) != model.hash:
-            wrong = (
-                f"was trained on a {name} with other weights than the run's: use an SAE of this very model"
-            )
+            wrong = f"was trained on a {name} with other weights than the run's: use an SAE of this one"
         elif _hook(hook_name) != model.hook_name:
-            wrong = (
-                f"reads {hook_name} and the run {model.hook_name}: use an SAE of that or set model.hook_name"
-            )
+            wrong = f"reads {hook_name} and the run {model.hook_name}: use another or set model.hook_name"
         elif self.d_in != model.d_model:
             wrong = f"reads {self.d_in} channels but {ours} has {model.d_model}: use an SAE of that model"
         else:
@@ -143,9 +133,7 @@ class Foreign(nn.Module):
             )
         own = self.widths[:-1] if self.widths else prefixes
         if own is None:
-            raise UserError(
-                f"{self.where} does not say how its latents are nested: give its prefixes' sizes."
-            )
+            raise UserError(f"{self.where} does not say how its latents are nested: give its prefixes.")
         if prefixes is not None and list(prefixes) != list(own):
             raise UserError(f"{self.where} was trained with prefixes {own}, not {prefixes}: leave them out.")
         theirs, device = self.sae, self.sae.W_dec.device
