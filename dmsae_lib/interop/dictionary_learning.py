@@ -112,7 +112,9 @@ def load_dictionary_learning(where: Path | str) -> Foreign:
     Raises UserError where a file is missing, damaged or a pickle of more than tensors, or the SAE cannot be
     used here.
     """
-    remedy = f"it must hold {' or '.join(WEIGHTS)}, and config.json with trainer.dict_class, layer and lm_name"
+    remedy = (
+        f"it must hold {' or '.join(WEIGHTS)}, and config.json with trainer.dict_class, layer and lm_name"
+    )
     with explain_errors(f"{where} is no SAE of dictionary_learning", remedy):
         config, state = _read(Path(where).expanduser())
         trainer = config["trainer"]
@@ -143,6 +145,8 @@ def load_dictionary_learning(where: Path | str) -> Foreign:
         if architecture == "jumprelu":
             weights["threshold"] = weights["threshold"].expand(weights["W_enc"].shape[1])
             if bool((weights["threshold"] < 0).all()):
-                raise UserError(f"{where} has no threshold yet: train it past threshold_start_step, or set it.")
+                raise UserError(
+                    f"{where} has no threshold yet: train it past threshold_start_step, or set it."
+                )
         sae = build(architecture, weights, metadata, **settings)
     return Foreign(sae, str(where))

@@ -48,7 +48,9 @@ class Foreign(nn.Module):
         self.where, self.architecture, self.metadata = where, cfg.architecture(), cfg.metadata
         if self.architecture not in EVALUATED:
             usable = ", ".join(EVALUATED)
-            raise UserError(f"{where} is of architecture {self.architecture}: only {usable} can be used here.")
+            raise UserError(
+                f"{where} is of architecture {self.architecture}: only {usable} can be used here."
+            )
         if cfg.normalize_activations != "none":
             raise UserError(
                 f"{where} wants activations normalised by {cfg.normalize_activations}: only an SAE for plain "

@@ -204,3 +204,9 @@ def test_a_pickle_that_holds_code_is_refused_and_not_run(tiny_llama, tmp_path):
     with pytest.raises(UserError, match="UnpicklingError"):
         load_foreign(tmp_path, tiny_llama)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_weight_of_the_wrong_size_is_refused(tiny_llama, tmp_path):
+    folder_of(tmp_path, folder_of(tmp_path) | {"b_dec": torch.zeros(31)})
+    with pytest.raises(UserError, match="lacks weights of a BatchTopKSAE .*size mismatch"):
+        load_foreign(tmp_path, tiny_llama)
