@@ -4,9 +4,10 @@ It exists so that the whole paper runs on real text with nothing to download. It
 loaded through the same door as any other model.
 """
 
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,7 @@ class BaseModelSettings:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
-    """Byte-level BPE with BOS in front of every text, and " A".." Z" as single tokens (SAEBench's absorption
-    needs them).
+    """Byte-level BPE with BOS in front of every text, and " A".." Z" as single tokens (for absorption).
 
     The letters get in by frequency: they are appended to the training text often enough to be merged.
     """
@@ -86,9 +86,7 @@ def build(settings: BaseModelSettings) -> Any:
         num_attention_heads=settings.n_heads,
         max_position_embeddings=settings.context_size,
         tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
     )
     return LlamaForCausalLM(config)
 
@@ -98,18 +96,20 @@ def learning_rate(step: int, steps: int, warmup: float, decay: float) -> float:
     return min(1.0, (step + 1) / max(1, warmup * steps), (steps - step) / max(1, decay * steps))
 
 
-def _orders(rows: int, seed: int) -> Iterator[torch.Tensor]:
+def _batches(rows: np.ndarray, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless batches (size, positions) int64, each row once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
+    orders = (torch.randperm(len(rows), generator=generator) for _ in itertools.count())
+    order = itertools.chain.from_iterable(order.tolist() for order in orders)
     while True:
-        yield from torch.randperm(rows, generator=generator)
+        yield torch.from_numpy(rows[list(itertools.islice(order, size))]).long()
 
 
 def train(
-    model: Any, rows: np.ndarray, settings: BaseModelSettings, device: str = "cpu", report=print
-) -> list[dict]:
-    """Next-token training for ``settings.tokens`` tokens; returns the loss curve (step, tokens, loss in
-    nats)."""
-    model.to(device).train()
+    model: Any, rows: np.ndarray, settings: BaseModelSettings, report: Callable[[str], None] = print
+) -> list[dict[str, float]]:
+    """Next-token training for ``settings.tokens`` tokens; the loss curve (step, tokens, loss in nats)."""
+    model.train()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -118,18 +118,17 @@ def train(
         torch.optim.AdamW(others, lr=settings.lr_other, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     peaks = [settings.lr_matrix, settings.lr_other]
-    order = _orders(len(rows), settings.seed)
+    batches = _batches(rows, settings.batch_rows, settings.seed)
     per_step = settings.batch_rows * settings.context_size
     steps = max(1, settings.tokens // per_step)
-    curve, running, started = [], [], time.perf_counter()
+    curve: list[dict[str, float]] = []
+    running, started = [], time.perf_counter()
     for step in range(steps):
         share = learning_rate(step, steps, settings.warmup, settings.decay)
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * share
-        tokens = (
-            torch.from_numpy(rows[[int(next(order)) for _ in range(settings.batch_rows)]]).long().to(device)
-        )
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        tokens = next(batches).to(model.device)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
             logits = model(tokens).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
         loss.backward()
@@ -139,35 +138,26 @@ def train(
             optimizer.zero_grad()
         running.append(loss.detach())
         if len(running) == 100 or step == steps - 1:
-            curve.append(
-                {
-                    "step": step + 1,
-                    "tokens": (step + 1) * per_step,
-                    "loss": float(torch.stack(running).mean()),
-                }
-            )
+            seen, mean = (step + 1) * per_step, float(torch.stack(running).mean())
+            curve.append({"step": step + 1, "tokens": seen, "loss": mean})
             running = []
-            seconds = time.perf_counter() - started
-            left = seconds / (step + 1) * (steps - step - 1)
+            rate = seen / (time.perf_counter() - started)
+            left = (steps * per_step - seen) / rate / 60
             report(
-                f"step {step + 1}/{steps}  loss {curve[-1]['loss']:.3f} nats  "
-                f"{(step + 1) * per_step / seconds:,.0f} tokens/s  {left / 60:.1f} min left"
+                f"step {step + 1}/{steps}  loss {mean:.3f} nats  {rate:,.0f} tokens/s  {left:.1f} min left"
             )
     return curve
 
 
 @torch.no_grad()
 def held_out(model: Any, rows: np.ndarray, bos: int, batch_rows: int = 64) -> dict[str, float]:
-    """Mean next-token loss in nats over targets that are not BOS, in fp32, and how many targets there
-    were."""
+    """Mean next-token loss in nats over targets that are not BOS, in fp32, and the number of targets."""
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_rows):
         tokens = torch.from_numpy(rows[start : start + batch_rows]).long().to(model.device)
-        target = tokens[:, 1:]
-        losses = F.cross_entropy(
-            model(tokens).logits[:, :-1].float().transpose(1, 2), target, reduction="none"
-        )
+        logits, target = model(tokens).logits[:, :-1].float(), tokens[:, 1:]
+        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
         total += float(losses[target != bos].sum(dtype=torch.float64))
         count += int((target != bos).sum())
     return {"nats_per_token": total / count, "targets": count}
@@ -175,14 +165,12 @@ def held_out(model: Any, rows: np.ndarray, bos: int, batch_rows: int = 64) -> di
 
 def bits_per_byte(nats_per_token: float, rows: np.ndarray, tokenizer: Any) -> float:
     """The same loss per byte of the held-out text, which compares across tokenizers."""
-    bos = tokenizer.bos_token_id
-    targets = [row[1:][row[1:] != bos] for row in rows]
+    targets = [row[1:][row[1:] != tokenizer.bos_token_id] for row in rows]
     n_bytes = sum(len(text.encode("utf-8", "replace")) for text in tokenizer.batch_decode(targets))
     return nats_per_token * sum(map(len, targets)) / n_bytes / math.log(2)
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Hub format (config.json, model.safetensors in bfloat16, tokenizer files); float32 when it is loaded
-    again."""
+    """Hub format: config.json, model.safetensors in bfloat16, tokenizer files. It is loaded as float32."""
     model.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
