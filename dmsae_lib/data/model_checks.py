@@ -35,7 +35,7 @@ def _probe(tokenizer: Any, context_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def computed(model: torch.nn.Module, tokenizer: Any, context_size: int, layer: int) -> Expected:
+def computed(model: Any, tokenizer: Any, context_size: int, layer: int) -> Expected:
     """Before the bridge replaces the parts of ``model``.
 
     Keeps the output of each module that is the ``layer``-th of a list: which of them is the block is known

@@ -33,35 +33,45 @@ def load_hooked(config: ModelConfig, folder: Path, layer: int, device: str) -> t
     are read, and for weights that are damaged or missing. Starts no process and installs nothing.
     """
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM
 
     start = f"model.name is {config.name}:"
-    dtype, trusted = getattr(torch, config.dtype), {"trust_remote_code": config.trust_remote_code}
     with no_processes():
         names, vocabulary = _check_config(config, folder, layer)
-        tokenizer = load_tokenizer(folder, **trusted)
+        tokenizer = load_tokenizer(folder, config.trust_remote_code)
         if tokenizer.vocab_size > vocabulary:
             sizes = f"its tokenizer has {tokenizer.vocab_size} tokens but its model only {vocabulary}"
             raise UserError(f"{start} {sizes}; put the tokenizer beside it that it was trained with.")
-        strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        with explain_errors(
-            f"{start} it could not be loaded", "if a file is damaged or missing, get it again"
-        ):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="eager", **strict, **trusted
-            )
+        model = _load_weights(config, folder, start)
+    model.config.architectures = names
+    with explain_errors(f"{start} TransformerLens cannot take {type(model).__name__}", REMEDY):
+        expected = computed(model.to(device), tokenizer, config.context_size, layer)
+        options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+        parts: dict[str, Any] = {"hf_model": model, "tokenizer": tokenizer, "device": device}
+        with no_processes():
+            bridge = TransformerBridge.boot_transformers(str(folder), **parts, **options)
+    return bridge.eval().requires_grad_(False), tokenizer, expected
+
+
+def _load_weights(config: ModelConfig, folder: Path, start: str) -> Any:
+    """The model as transformers loads it, all of its weights from the folder."""
+    from transformers import AutoModelForCausalLM
+
+    options = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": "eager",
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    with explain_errors(f"{start} it could not be loaded", "if a file is damaged or missing, get it again"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, report = loaded
     # transformers gives these random values
     if wrong := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
         what = f"{len(wrong)} of its weights are missing or of another size than config.json says"
         raise UserError(f"{start} {what}, {wrong[0]} for one; get its files again.")
-    model.config.architectures = names
-    with explain_errors(f"{start} TransformerLens cannot take {type(model).__name__}", REMEDY):
-        expected = computed(model.to(device), tokenizer, config.context_size, layer)
-        with no_processes():
-            bridge = TransformerBridge.boot_transformers(
-                str(folder), hf_model=model, device=device, dtype=dtype, tokenizer=tokenizer, **trusted
-            )
-    return bridge.eval().requires_grad_(False), tokenizer, expected
+    return model
 
 
 def _check_config(config: ModelConfig, folder: Path, layer: int) -> tuple[list[str], int]:
@@ -92,11 +102,12 @@ def _architectures(config: Any, start: str, remote_code: bool) -> list[str]:
     from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM") if remote_code else None
-    if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not remote and type(config) not in known:
         kind = config.model_type
         raise UserError(f"{start} transformers has no causal language model of its kind, {kind}; {REMEDY}.")
-    loaded = remote.rpartition(".")[2] if remote else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    loaded = remote.rpartition(".")[2] if remote else known[type(config)].__name__
     config.architectures = [loaded, *(config.architectures or [])]
     try:
         determine_architecture_from_hf_config(config)

@@ -86,7 +86,9 @@ def build(settings: BaseModelSettings) -> Any:
         num_attention_heads=settings.n_heads,
         max_position_embeddings=settings.context_size,
         tie_word_embeddings=True,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
     )
     return LlamaForCausalLM(config)
 
