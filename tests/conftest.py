@@ -23,7 +23,7 @@ def one_thread():
 def tiny_llama(one_thread, tmp_path_factory):
     """A random two-layer Llama of width 32, loaded through the project's own door and split after its first
     block."""
-    from tiny_models import save_model
+    from builders.models import save_model
 
     from dmsae_lib.config.sections import ModelConfig
     from dmsae_lib.data.language_model import LanguageModel
@@ -40,7 +40,7 @@ def tiny_llama(one_thread, tmp_path_factory):
 def tiny_gemma2(one_thread, tmp_path_factory):
     """A random Gemma-2 of three layers, split after its second: grouped queries, a sliding window of 8, and
     soft caps that are so low, for weights so large, that both bend the logits."""
-    from tiny_models import save_model
+    from builders.models import save_model
 
     from dmsae_lib.config.sections import ModelConfig
     from dmsae_lib.data.language_model import LanguageModel

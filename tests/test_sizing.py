@@ -9,7 +9,7 @@ import factory
 import pytest
 import torch
 import toy_sae
-from tiny_models import save_model
+from builders.models import save_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -4,8 +4,8 @@ it or not."""
 from pathlib import Path
 
 import torch
+from builders.models import save_model
 from builders.saebench import sae_of
-from tiny_models import save_model
 
 from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data.language_model import LanguageModel

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders.clone import make, make_clone
-from tiny_models import save_model
+from builders.models import save_model
 
 from dmsae_lib.command.run_notebook import check_parameters
 from dmsae_lib.config import RunConfig, load_config

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.models import BOS, EOS, save_model
 from conftest import CONTEXT
-from tiny_models import BOS, EOS, save_model
 
 from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data import language_model

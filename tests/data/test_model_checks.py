@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_models import save_model, save_tokenizer
+from builders.models import save_model, save_tokenizer
 
 from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data.language_model import LanguageModel, describe

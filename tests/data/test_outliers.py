@@ -10,9 +10,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from builders.models import save_model
 from builders.run import execute, open_tiny, stage_of, write_settings
 from safetensors.torch import load_file, save_file
-from tiny_models import save_model
 from transformers import AutoTokenizer
 
 from dmsae_lib.config.sections import ModelConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_model
+from builders.models import save_model
 
 from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data.language_model import LanguageModel

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import tiny_core
 import torch
+from builders.models import save_model
 from tiny_core import rewrite
-from tiny_models import save_model
 
 from dmsae_lib.config.run import Run
 from dmsae_lib.data.language_model import LanguageModel

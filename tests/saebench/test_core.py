@@ -5,8 +5,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pytest
 import torch
+from builders.models import BOS, save_model
 from builders.saebench import load_model, make_bench, sae_of
-from tiny_models import BOS, save_model
 
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.sae.model import FoldedSAE, MatryoshkaSAE

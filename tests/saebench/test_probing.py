@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.models import save_model
 from builders.saebench import load_model, make_bench, sae_of, state
-from tiny_models import save_model
 
 from dmsae_lib.data.corpus import PROBING_SETS, wheel_sets
 from dmsae_lib.data.language_model import LanguageModel

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
+from builders.models import save_model
 from builders.saebench import load_model, make_bench, sae_of
-from tiny_models import save_model
 
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.sae.model import FoldedSAE

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
+from builders.models import save_model
 from builders.saebench import load_model, make_bench
-from tiny_models import save_model
 
 from dmsae_lib import saebench
 from dmsae_lib.config import sections

@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from builders.models import save_model
 from builders.planted import NOISE, planted_model, reading_sae
 from builders.saebench import load_model, make_bench
-from tiny_models import save_model
 
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.saebench import unlearning as saebench_unlearning

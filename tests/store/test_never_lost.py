@@ -24,6 +24,7 @@ import pytest
 import torch
 from builders.clone import make, make_clone, write_notebook
 from builders.limits import file_size_limit, without_permission
+from builders.models import save_model
 from builders.run import (
     EVERY_STEP,
     ROOT,
@@ -35,7 +36,6 @@ from builders.run import (
     stage_of,
     write_settings,
 )
-from tiny_models import save_model
 
 from dmsae_lib.config.lock import locked
 from dmsae_lib.config.run import Run

@@ -18,27 +18,17 @@ def save_tokenizer(folder: Path, vocabulary: int = 320) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    bytes_ = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    tokenizer.train_from_iterator(
-        TEXT,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=["<bos>", "<eos>", "<pad>"],
-            initial_alphabet=bytes_,
-            show_progress=False,
-        ),
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", BOS)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": list(special.values()), "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **options)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    after = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    tokenizer.post_processor = after
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def save_model(
