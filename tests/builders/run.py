@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pydoc_data.topics
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,10 +67,13 @@ def _inside(root: Path) -> Iterator[None]:
         artifacts.repository_root = real
 
 
-def open_tiny(root: Path, name: str, *overrides: str) -> Run:
-    """The run ``name`` below ``root``, planned."""
+def open_tiny(root: Path, name: str, *overrides: str, config: str = "tiny") -> Run:
+    """The run ``name`` below ``root``, planned; ``config``: one of the repository's to begin with."""
+    if config != "tiny":
+        (root / "configs").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "configs" / f"{config}.yaml", root / "configs")
     with _inside(root):
-        run = open_run("tiny", name, overrides)
+        run = open_run(config, name, overrides)
         write_plan(run)
     return run
 
