@@ -80,7 +80,8 @@ WRONG = {
 def test_a_parameter_of_another_type_is_one_sentence_also_without_our_runner(path, monkeypatch):
     """As plain papermill hands them on: the set-up cell says so, before anything is loaded or written."""
     monkeypatch.setattr(
-        "dmsae_lib.distill.fit.open_harvest", lambda run: pytest.fail("the parameters must be checked first")
+        "dmsae_lib.distill.harvest.open_harvest",
+        lambda run: pytest.fail("the parameters must be checked first"),
     )
     monkeypatch.setattr(
         "dmsae_lib.data.language_model.LanguageModel",

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from dmsae_lib.config import RunConfig
 from dmsae_lib.config.run import Run
 from dmsae_lib.data.language_model import LanguageModel, describe
-from dmsae_lib.distill.core import distil, save_core
+from dmsae_lib.distill.core import Candidates, distil, save_core
 from dmsae_lib.sae.model import MatryoshkaSAE, save_sae
 from dmsae_lib.store.artifacts import load, sealed, write
 from dmsae_lib.store.atomic import json_text
@@ -77,7 +77,13 @@ def write_cycle(run: Run, t: int, d_in: int, core, before: dict) -> dict:
     made = distil(t, sae, scores, frequency, core, run.config.distill.coverage, before.get("core"))
     parents = {name: load(run.cycle(t, name), name).hash for name in ("sae", "attribution")} | before
     with write(run.cycle(t, "core"), "core", parents) as writer:
-        save_core(writer, made, run.config.distill.coverage, run.config.distill.aggregator)
+        save_core(
+            writer,
+            made,
+            Candidates.of(t, sae, frequency),
+            run.config.distill.coverage,
+            run.config.distill.aggregator,
+        )
     return {"core": load(run.cycle(t, "core"), "core").hash, "made": made}
 
 

@@ -1,5 +1,4 @@
-"""What an SAE is worth on held-out text: L0 by part, FVU by prefix, loss recovered, dead latents; and its
-threshold."""
+"""What an SAE is worth on held-out text: L0, FVU by prefix, loss recovered, dead latents; its threshold."""
 
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from dmsae_lib.data.activations import Losses, usable_residuals
 from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss
+from dmsae_lib.interop.foreign import Foreign
 from dmsae_lib.sae.model import FoldedSAE
 from dmsae_lib.sae.select import between_nth
 
@@ -16,41 +16,33 @@ CALIBRATION_TOKENS = 2**17  # at most this many tokens of the split are held in 
 SHARED_BYTES = 2**30  # residuals of the test split up to this size are kept for all SAEs of a call
 SMALLEST_CUT = 1e-6  # an activation below which all are looked at
 RARE = 1e-3  # a latent that fires on a smaller share of the tokens all but never fires
-# method, section 2: total L0 within 1 % of k, else the SAE is left out of equal-L0 comparisons
-UNBOUND = 0.01
+UNBOUND = 0.01  # method, section 2: total L0 further from k is left out of equal-L0 comparisons
 
 Lowered = list[tuple[Contexts, Tensor]]
 
 
 @torch.no_grad()
 def lower_all(model: LanguageModel, contexts: Contexts) -> Lowered | None:
-    """Every batch of ``contexts`` with its residual at the hook, to share between SAEs; None if that is too
-    large."""
+    """Every batch with its residual at the hook, to share between SAEs; None if that is too large."""
     if contexts.tokens.numel() * model.d_model * 4 > SHARED_BYTES:
         return None
     return list(lowered(model, contexts))
 
 
+def calibration_residuals(model: LanguageModel, contexts: Contexts) -> list[Tensor]:
+    """The activations on which thresholds are set: those of the first contexts, (n, d_in) per batch."""
+    return list(usable_residuals(model, contexts.first(CALIBRATION_TOKENS)))
+
+
 @torch.no_grad()
-def calibrate_threshold(
-    sae: FoldedSAE,
-    model: LanguageModel,
-    contexts: Contexts,
-    k: int,
-    k_min: int,
-    residuals: list[Tensor] | None = None,
-) -> bool:
-    """Set ``sae.threshold`` so that total L0 = k on ``contexts``; True if that cannot be had (``unbound``).
+def calibrate_threshold(sae: FoldedSAE, residuals: list[Tensor], k: int, k_min: int) -> bool:
+    """Set ``sae.threshold`` so that total L0 = k on the residuals; True if that cannot be had (``unbound``).
 
     The EMA of the training thresholds overshoots or undershoots k (3-9 % in published SAEs), so comparisons
     need this. Where the core alone leaves less than k_min, the free latents get k_min and the SAE is unbound.
-    ``sae`` is folded; ``residuals`` are :func:`calibration_residuals` of them, if at hand.
     """
-    free_only = sae.core_sparsity == "relu"
-    start = sae.n_core if free_only else 0
-    residuals = residuals or calibration_residuals(model, contexts)
-    tokens = sum(map(len, residuals))
-    cut = float(sae.threshold_ema)
+    start = sae.n_core if sae.core_sparsity == "relu" else 0
+    tokens, cut = sum(map(len, residuals)), float(sae.threshold_ema)
     while True:  # as a rule once: the threshold of the training is near
         cut = cut / 2 if cut > SMALLEST_CUT else 0.0
         found, in_core = [], 0
@@ -59,18 +51,12 @@ def calibrate_threshold(
             in_core += int((a[:, :start] > 0).sum())
             a = a[:, start:]
             found.append(a[a > cut])
-        wanted = max(tokens * k_min, tokens * k - in_core)
-        above = torch.cat(found)
+        above, wanted = torch.cat(found), max(tokens * k_min, tokens * k - in_core)
         if len(above) > wanted or cut == 0.0:
             break
     sae.threshold.fill_(between_nth(above, wanted))
     total = (in_core + int((above > sae.threshold.to(above.dtype)).sum())) / tokens
     return abs(total - k) > UNBOUND * k
-
-
-def calibration_residuals(model: LanguageModel, contexts: Contexts) -> list[Tensor]:
-    """The activations on which thresholds are set: those of the first contexts, (n, d_in) per batch."""
-    return list(usable_residuals(model, contexts.first(CALIBRATION_TOKENS)))
 
 
 class _FVU:
@@ -96,26 +82,29 @@ def loss_recovered(loss: float, clean: float, ablated: float) -> float:
 
 @torch.no_grad()
 def evaluate(
-    sae: FoldedSAE,
+    sae: FoldedSAE | Foreign,
     model: LanguageModel,
     contexts: Contexts,
     losses: Losses,
     with_prefix0: bool = True,
     at_hand: Lowered | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a folded SAE on the usable positions of ``contexts``, on which the model has ``losses``;
-    ``at_hand``: :func:`lower_all` of it.
+    """Metrics on the usable positions of ``contexts``, on which the model has ``losses``.
 
-    Returns L0 {core, free, total} at the calibrated and at the EMA threshold, fvu by prefix size and
-    "full", ce_loss (nats, full reconstruction), loss_increase {prefix0, full} (nats, ce_loss - clean),
-    loss_recovered {prefix0, full} against zero ablation and loss_recovered_mean (full) against mean ablation,
-    dead (latents that never fired here), rare (the share of latents that fired on less than RARE of the
-    tokens), and the core's firing frequencies. ``with_prefix0``: the entries prefix0 are there.
+    Returns L0 {core, free, total} at the calibrated and at the EMA threshold, fvu by prefix size and "full",
+    ce_loss (nats, full reconstruction), loss_increase {prefix0, full} (nats, ce_loss - clean), loss_recovered
+    {prefix0, full} against zero ablation and loss_recovered_mean (full) against mean ablation, dead (latents
+    that never fired here), rare (the share of latents that fired on less than RARE of the tokens), and the
+    core's firing frequencies.
+
+    ``with_prefix0``: the entries prefix0 are there. ``at_hand``: :func:`lower_all` of the contexts.
     """
+    c, last = sae.n_core, len(sae.prefixes) - 1
     fvus = [_FVU(sae.d_in) for _ in sae.prefixes]
     fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)
-    ema = torch.zeros(2, dtype=torch.int64)
-    summed = {"prefix0": 0.0, "full": 0.0} if with_prefix0 else {"full": 0.0}
+    fired_at_ema = torch.zeros(2, dtype=torch.int64)  # core, all
+    place = {"prefix0": 0, "full": last} if with_prefix0 else {"full": last}
+    summed = dict.fromkeys(place, 0.0)
     n_tokens = n_targets = 0
     for batch, resid in at_hand or lowered(model, contexts):
         usable = model.usable(batch, resid)
@@ -124,44 +113,37 @@ def evaluate(
         f = sae.select(a)
         fired += (f > 0).sum(0)
         at_ema = sae.select(a, sae.threshold_ema) > 0
-        ema += torch.tensor([int(at_ema[:, : sae.n_core].sum()), int(at_ema.sum())])
+        fired_at_ema += torch.tensor([int(at_ema[:, :c].sum()), int(at_ema.sum())])
         n_tokens += len(x)
         for j, fvu in enumerate(fvus):
             xhat = sae.decode_prefix(f, j)
             fvu.add(x, xhat)
-            # both, of a single prefix
-            wanted = [name for name in summed if j == (0 if name == "prefix0" else len(fvus) - 1)]
-            if wanted:
+            if wanted := [name for name, at in place.items() if at == j]:  # both, of a single prefix
                 put = resid.clone()
                 put[usable] = xhat
                 loss, count = next_token_loss(model.upper(batch.tokens, put), batch)
                 for name in wanted:
                     summed[name] += float(loss)
         n_targets += count
-    core_fired = fired[: sae.n_core]
-    l0_core, l0 = int(core_fired.sum()) / n_tokens, int(fired.sum()) / n_tokens
-    ema_core, ema_total = (ema / n_tokens).tolist()
-    names = [*map(str, sae.prefixes[:-1]), "full"]
-    ce = {name: value / n_targets for name, value in summed.items()}
-    frequency = (core_fired / n_tokens).tolist()
+
+    def l0(core: float, total: float) -> dict[str, float]:
+        return {"core": core, "free": total - core, "total": total}
+
+    ce, clean = {name: value / n_targets for name, value in summed.items()}, losses.clean
     return {
-        "L0": {"core": l0_core, "free": l0 - l0_core, "total": l0},
-        "L0_ema": {"core": ema_core, "free": ema_total - ema_core, "total": ema_total},
+        "L0": l0(int(fired[:c].sum()) / n_tokens, int(fired.sum()) / n_tokens),
+        "L0_ema": l0(*(fired_at_ema / n_tokens).tolist()),
         "dead": int((fired == 0).sum()),
         "rare": float((fired < RARE * n_tokens).float().mean()),
         "tokens_tested": n_tokens,
-        "fvu": {name: fvu.value() for name, fvu in zip(names, fvus)},
+        "fvu": dict(zip([*map(str, sae.prefixes[:-1]), "full"], (fvu.value() for fvu in fvus))),
         "ce_loss": ce["full"],
-        "loss_increase": {name: value - losses.clean for name, value in ce.items()},
-        "loss_recovered": {
-            name: loss_recovered(value, losses.clean, losses.zero) for name, value in ce.items()
-        },
-        "loss_recovered_mean": loss_recovered(ce["full"], losses.clean, losses.mean),
-        "core_frequency": {
-            "mean": sum(frequency) / len(frequency),
-            "max": max(frequency),
-            "values": frequency,
-        }
-        if frequency
-        else None,
+        "loss_increase": {name: value - clean for name, value in ce.items()},
+        "loss_recovered": {name: loss_recovered(value, clean, losses.zero) for name, value in ce.items()},
+        "loss_recovered_mean": loss_recovered(ce["full"], clean, losses.mean),
+        "core_frequency": _summary((fired[:c] / n_tokens).tolist()),
     }
+
+
+def _summary(values: list[float]) -> dict[str, Any] | None:
+    return {"mean": sum(values) / len(values), "max": max(values), "values": values} if values else None

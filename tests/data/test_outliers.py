@@ -19,8 +19,8 @@ from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data.activations import Losses, median_norm, reference_losses, usable_residuals
 from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss
 from dmsae_lib.distill.attribution import attribute
-from dmsae_lib.distill.evaluation import calibrate_threshold, evaluate
-from dmsae_lib.distill.fit import open_harvest
+from dmsae_lib.distill.evaluation import calibrate_threshold, calibration_residuals, evaluate
+from dmsae_lib.distill.harvest import open_harvest
 from dmsae_lib.report.examples import top_contexts
 from dmsae_lib.sae.model import MatryoshkaSAE
 from dmsae_lib.saebench import perturbation as saebench_tpp
@@ -105,7 +105,7 @@ def test_evaluation_and_calibration(model, split, core_sparsity):
     found = []
     for echo in (True, False):
         sae = make_sae(echo, core_sparsity)
-        calibrate_threshold(sae, model, split, k=8, k_min=1)
+        calibrate_threshold(sae, calibration_residuals(model, split), k=8, k_min=1)
         found.append(evaluate(sae, model, split, Losses(5.0, 9.0, 8.0)) | {"threshold": float(sae.threshold)})
     assert found[0] == found[1] and found[0]["fvu"]["full"] < 50
     assert found[0]["tokens_tested"] == int(split.usable_count().sum()) - loud(split)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
+from dmsae_lib.config import sections
 from dmsae_lib.data.contexts import Contexts
+from dmsae_lib.distill import attribution
 from dmsae_lib.distill.attribution import (
     BINS,
     COVERAGES,
@@ -24,6 +26,7 @@ from dmsae_lib.distill.attribution import (
     smallest_cover,
 )
 from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.store.artifacts import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,6 +188,28 @@ def test_a_latent_that_never_fires_scores_zero(tiny_llama, sae, split):
     assert (
         all(float(score[2]) == 0 for score in table.scores.values()) and float(table.mean_activation[2]) == 0
     )
+
+
+def test_every_aggregator_that_may_be_named_has_its_function():
+    assert list(attribution.SCORES) == sections.AGGREGATORS
+
+
+def test_an_aggregator_of_ones_own(tiny_llama, sae, split, table, monkeypatch):
+    """One line in AGGREGATORS and one function: it is a column of the table, and may decide."""
+    monkeypatch.setattr(attribution, "SCORES", dict(attribution.SCORES))
+
+    def total(sums, q):
+        return sums.absolute
+
+    with pytest.raises(ValueError, match="total is not in config.sections.AGGREGATORS"):
+        attribution.aggregator(total)
+    monkeypatch.setattr(attribution, "AGGREGATORS", [*sections.AGGREGATORS, "total"])
+    with pytest.raises(UserError, match="distill.aggregator is total: no function"):
+        attribute(tiny_llama, sae, split, aggregator="total")
+    attribution.aggregator(total)
+    found = attribute(tiny_llama, sae, split, aggregator="total")
+    assert torch.allclose(found.scores["total"], table.scores["mean_abs"] * table.tokens)
+    assert torch.allclose(sum(found.halves), found.scores["total"]) and "total" in found.rows()[0]
 
 
 def test_rows_of_the_table(table):

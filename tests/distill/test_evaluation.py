@@ -190,7 +190,7 @@ def test_rare_latents_are_counted_on_the_usable_positions(tiny_llama, split, los
 def sae(tiny_llama, split) -> MatryoshkaSAE:
     sae = make_sae(tiny_llama.d_model)
     sae.b_enc[-3:] = -1e6  # three dead latents
-    calibrate_threshold(sae, tiny_llama, split, K, 1)
+    calibrate_threshold(sae, calibration_residuals(tiny_llama, split), K, 1)
     sae.threshold_ema.copy_(1.2 * sae.threshold)
     return sae
 
@@ -295,7 +295,7 @@ def test_total_l0_on_held_out_data(tiny_llama, random_split, core, core_sparsity
     sae = make_sae(tiny_llama.d_model, core, core_sparsity)
     sae.b_enc[:core] = -2.0
     model = with_rows(tiny_llama, 400)
-    assert calibrate_threshold(sae, model, random_split(350, seed=2), k, 1) is False
+    assert calibrate_threshold(sae, calibration_residuals(model, random_split(350, seed=2)), k, 1) is False
     here = torch.cat(list(usable_residuals(model, random_split(350, seed=2))))
     l0 = (sae.encode(here) > 0).float().sum(1).mean()
     assert float(l0) == pytest.approx(k, abs=2 / len(here))  # on its own sample to one activation or two
@@ -310,7 +310,7 @@ def test_unbound_where_the_core_alone_is_above_k(tiny_llama, split):
     sae = make_sae(tiny_llama.d_model)
     sae.b_enc[:CORE] = 100.0
     for k_min in (1, 2):
-        assert calibrate_threshold(sae, tiny_llama, split, 4, k_min) is True
+        assert calibrate_threshold(sae, calibration_residuals(tiny_llama, split), 4, k_min) is True
         x = torch.cat(list(usable_residuals(tiny_llama, split)))
         active = sae.encode(x) > 0
         assert bool(active[:, :CORE].all())
@@ -320,7 +320,7 @@ def test_unbound_where_the_core_alone_is_above_k(tiny_llama, split):
 
 def test_unbound_where_too_few_latents_fire(tiny_llama, split):
     sae = make_sae(tiny_llama.d_model, core=0)
-    assert calibrate_threshold(sae, tiny_llama, split, D_SAE, 1) is True
+    assert calibrate_threshold(sae, calibration_residuals(tiny_llama, split), D_SAE, 1) is True
     assert float(sae.threshold) == 0.0  # every positive activation is kept
 
 
@@ -332,21 +332,16 @@ def test_bound_up_to_one_per_cent(tiny_llama, split):
     sae.b_enc[0] = -1e6
     for share in (0.005, 0.1):
         sae.b_enc[0] = -torch.quantile((x - sae.b_dec) @ sae.core_rows[0], 1 - share)  # fires on this share
-        unbound = calibrate_threshold(sae, tiny_llama, split, CORE, 1)
+        unbound = calibrate_threshold(sae, calibration_residuals(tiny_llama, split), CORE, 1)
         total = float((sae.encode(x) > 0).float().sum(1).mean())
         assert total == pytest.approx(CORE + share, abs=3 / len(x))
         assert unbound == (abs(total - CORE) > UNBOUND * CORE) == (share == 0.1)
     assert not math.isnan(float(sae.threshold))
 
 
-def test_what_sae_share_changes_nothing(tiny_llama, split, monkeypatch):
-    sae, other = make_sae(tiny_llama.d_model), make_sae(tiny_llama.d_model)
-    unbound = calibrate_threshold(sae, tiny_llama, split, 4, 1)
-    assert (
-        calibrate_threshold(other, tiny_llama, split, 4, 1, calibration_residuals(tiny_llama, split))
-        is unbound
-    )
-    assert float(sae.threshold) == float(other.threshold)
+def test_what_saes_share_changes_nothing(tiny_llama, split, monkeypatch):
+    sae = make_sae(tiny_llama.d_model)
+    calibrate_threshold(sae, calibration_residuals(tiny_llama, split), 4, 1)
     lowered, losses = lower_all(tiny_llama, split), Losses(4.0, 8.0, 7.0)
     assert evaluate(sae, tiny_llama, split, losses, True, lowered) == evaluate(sae, tiny_llama, split, losses)
     monkeypatch.setattr(evaluation, "SHARED_BYTES", split.tokens.numel() * tiny_llama.d_model * 4 - 1)
@@ -357,7 +352,7 @@ def test_what_sae_share_changes_nothing(tiny_llama, split, monkeypatch):
 def test_the_training_threshold_does_not_decide_the_calibrated_one(tiny_llama, split, ema):
     """Far too high, far too low, or none: it only says where to look first."""
     expected, sae = make_sae(tiny_llama.d_model), make_sae(tiny_llama.d_model)
-    calibrate_threshold(expected, tiny_llama, split, 4, 1)
+    calibrate_threshold(expected, calibration_residuals(tiny_llama, split), 4, 1)
     sae.threshold_ema.fill_(ema)
-    calibrate_threshold(sae, tiny_llama, split, 4, 1)
+    calibrate_threshold(sae, calibration_residuals(tiny_llama, split), 4, 1)
     assert float(sae.threshold) == float(expected.threshold) > 0

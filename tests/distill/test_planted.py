@@ -16,8 +16,9 @@ from dmsae_lib.data.activations import StreamedActivations, usable_residuals
 from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.distill.attribution import attribute
-from dmsae_lib.distill.core import Core, candidate_pool, control_core, distil, reading_members
-from dmsae_lib.distill.evaluation import calibrate_threshold
+from dmsae_lib.distill.controls import candidate_pool, control_core
+from dmsae_lib.distill.core import Candidates, Core, distil, reading_members
+from dmsae_lib.distill.evaluation import calibrate_threshold, calibration_residuals
 from dmsae_lib.sae.model import MatryoshkaSAE
 from dmsae_lib.sae.training import Trainer, train_saes
 from dmsae_lib.store.seeds import generator
@@ -98,7 +99,7 @@ def chain(one_thread, tmp_path_factory):
 
         train_saes([trainer], batches, [folder / "checkpoint"], [{}], report=lambda _: None)
         folded = sae.folded(scale)
-        calibrate_threshold(folded, model, select, K, 1)
+        calibrate_threshold(folded, calibration_residuals(model, select), K, 1)
         table = attribute(model, folded, select)
         found.append(
             (
@@ -148,9 +149,8 @@ def test_what_is_selected_again_is_frozen(chain):
 
 def test_random_cores_of_equal_size_do_not_hold_them(chain):
     model, found = chain
-    pool = candidate_pool(
-        [(cycle, sae, table.scores["frequency"]) for cycle, (sae, table, _) in enumerate(found)]
-    )
+    parts = [Candidates.of(t, sae, table.scores["frequency"]) for t, (sae, table, _) in enumerate(found)]
+    pool = candidate_pool(parts)
     last, causal = found[-1][2], model.directions[CAUSAL]
     held = []
     for kind in ("random", "random_directions"):

@@ -8,8 +8,10 @@ from builders.foreign import foreign_sae
 from tiny_sae import residuals, write_run
 
 from dmsae_lib.config.sections import DistillConfig
-from dmsae_lib.distill import fit
-from dmsae_lib.distill.fit import Harvest, adopt
+from dmsae_lib.distill import adopt as adopt_module
+from dmsae_lib.distill import harvest as harvest_module
+from dmsae_lib.distill.adopt import adopt
+from dmsae_lib.distill.harvest import Harvest
 from dmsae_lib.interop import export_dictionary_learning, export_saelens, load_any, load_foreign
 from dmsae_lib.sae.model import load_folded, load_trained
 from dmsae_lib.store.artifacts import UserError
@@ -49,7 +51,7 @@ def test_an_adopted_cycle_0_is_an_sae_of_ours(harvest, tmp_path, monkeypatch):
     assert list(metrics["fvu"]) == ["6", "12", "full"]
     assert metrics["loss_recovered"]["prefix0"] is not None and metrics["imported"]["hash"] == theirs.hash
     assert "history.csv" not in artifact.files
-    monkeypatch.setattr(fit, "evaluate", None)  # it is there: nothing is measured again
+    monkeypatch.setattr(adopt_module, "evaluate", None)  # it is there: nothing is measured again
     assert adopt(artifact.folder, where, harvest, record, as_cycle_0=True).hash == artifact.hash
 
 
@@ -91,6 +93,6 @@ def test_a_sample_never_holds_an_activation_twice(harvest, monkeypatch):
     monkeypatch.setattr(Harvest, "source", lambda self: SimpleNamespace(batches=batches))
     for size, sample, expected in ((10, 40, 40), (10, 45, 45), (10, 16_384, 70), (40, 16_384, 40)):
         harvest.run.config = SimpleNamespace(training=SimpleNamespace(batch_size=size), seed=0)
-        monkeypatch.setattr(fit, "SAMPLE", sample)
+        monkeypatch.setattr(harvest_module, "SAMPLE", sample)
         harvest.__dict__.pop("sample", None)
         assert len(harvest.sample) == len(harvest.sample[:, 0].unique()) == expected
