@@ -53,9 +53,7 @@ class Eval:
     prepare: Callable[[Workers, Bench, int], Any] | None = (
         None  # makes what SAEs share; else every worker would
     )
-    settings: tuple[
-        str, ...
-    ] = ()  # that its result depends on: names in the sections saebench and saebench.suite
+    settings: tuple[str, ...] = ()  # of the sections saebench and saebench.suite, on which its result depends
     seeded: bool = True
     doubt: str = ""  # who found it unreliable
 
@@ -188,8 +186,7 @@ def depends(name: str, settings: SaebenchConfig) -> Row:
 
 
 def score(model: LanguageModel, work: tuple[Path, str, int], bench: Bench) -> Row:
-    """The result of one eval on the SAE whose artefact lies in a folder: ``work`` = (folder, eval, evaluation
-    seed)."""
+    """One result; ``work`` = (folder of the SAE's artefact, name of the eval, evaluation seed)."""
     folder, name, seed = work
     try:
         return EVALS[name].run(load_any(load(folder, "sae"), model), model, bench, seed)

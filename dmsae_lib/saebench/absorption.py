@@ -1,5 +1,5 @@
-"""SAEBench's absorption eval, offline: does a latent that stands for "starts with S" stay silent on some
-S-words, because a latent of the word itself has taken over its direction?
+"""SAEBench's absorption eval, offline: does a latent for "starts with S" stay silent on some S-words, because
+a latent of the word itself has taken over its direction?
 
 The model reads ten solved examples and one more word (``... dog has the first letter: D / cat has the first
 letter:``). Linear *ground-truth probes* on the residual stream at the word tell its first letter; an SAE's
@@ -47,8 +47,7 @@ RECORDED = (
 
 
 class Prompts:
-    """``model`` as sae_bench's FeatureAbsorptionCalculator asks for it: of texts, and no further than the
-    hook."""
+    """``model`` as sae_bench's FeatureAbsorptionCalculator asks it: of texts, no further than the hook."""
 
     def __init__(self, model: LanguageModel):
         self.model, self.tokenizer = model, model.tokenizer
@@ -70,14 +69,12 @@ class Prompts:
         """(texts, d_model) float32 on the CPU, at a position."""
         rows, hook = self.model.config.batch_rows, self.model.hook_name
         batches = (texts[i : i + rows] for i in range(0, len(texts), rows))
-        return torch.cat(
-            [self.run_with_cache(batch, [hook])[1][hook][:, position].cpu() for batch in batches]
-        )
+        found = (self.run_with_cache(batch, [hook])[1][hook] for batch in batches)
+        return torch.cat([resid[:, position].cpu() for resid in found])
 
 
 def spelling_words(model: LanguageModel, template: str) -> tuple[list[str], int]:
-    """The words that sae_bench asks about, and where in a prompt (from its end) the last one's only token
-    stands.
+    """The words that sae_bench asks about, and where in a prompt, from its end, the last one's only token is.
 
     That is all of the vocabulary that consists of letters, sorted; tokens that the tokenizer never gives for
     their own text are left out. Raises NotRun where " A" to " Z", the answers, are not one token each.
@@ -100,8 +97,7 @@ def spelling_words(model: LanguageModel, template: str) -> tuple[list[str], int]
 
 
 def prepare_absorption(workers: Workers, bench: Bench, seed: int) -> Artifact:
-    """The ground-truth probes of a model, made once in the cache and shared by all SAEs: call it before
-    workers do.
+    """The ground-truth probes of a model, made once in the cache and shared by all SAEs.
 
     Holds ``words.json`` {position, train and test: [[word, letter as 0..25]], probe_f1: {letter: F1 on the
     test words}} and ``probes.safetensors`` {x_train, x_test (words, d_model), weight (26, d_model), bias
@@ -115,33 +111,20 @@ def prepare_absorption(workers: Workers, bench: Bench, seed: int) -> Artifact:
     with undisturbed():
         import pandas as pd
         from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
-        from sae_bench.evals.absorption.probing import (
-            create_dataset_probe_training,
-            gen_probe_stats,
-            train_linear_probe_for_task,
-        )
+        from sae_bench.evals.absorption.probing import create_dataset_probe_training, gen_probe_stats
+        from sae_bench.evals.absorption.probing import train_linear_probe_for_task as train_probe
         from sae_bench.evals.absorption.prompting import first_letter_formatter
         from sae_bench.evals.absorption.vocab import LETTERS
 
-        template, prompts, device = (
-            AbsorptionEvalConfig().prompt_template,
-            Prompts(model),
-            torch.device(model.device),
-        )
+        template, prompts = AbsorptionEvalConfig().prompt_template, Prompts(model)
         words, position = spelling_words(model, template)
         random.seed(seed)
         torch.manual_seed(seed)
-        drawn = create_dataset_probe_training(
-            words,
-            first_letter_formatter(),
-            num_prompts_per_token=1,
-            base_template=template,
-            max_icl_examples=EXAMPLES,
-        )
+        options = {"base_template": template, "max_icl_examples": EXAMPLES}
+        drawn = create_dataset_probe_training(words, first_letter_formatter(), 1, **options)
         texts = [[prompt.base for prompt, _ in part] for part in drawn]
         longest = max(prompts.to_tokens(text).shape[1] for part in texts for text in part)
-        if longest > model.config.context_size:
-            limit = model.config.context_size
+        if longest > (limit := model.config.context_size):
             raise NotRun(f"the prompts have {longest} tokens, more than model.context_size, {limit}")
         if missing := [LETTERS[i] for i in sorted(set(range(26)) - {letter for _, letter in drawn[0]})]:
             raise NotRun(
@@ -150,7 +133,8 @@ def prepare_absorption(workers: Workers, bench: Bench, seed: int) -> Artifact:
             )
         x_train, x_test = (prompts.residuals(part, position) for part in texts)
         frames = [pd.DataFrame({"answer_class": [letter for _, letter in part]}) for part in drawn]
-        probe, _ = train_linear_probe_for_task(*frames, device, x_train.numpy(), x_test.numpy(), **PROBE)
+        device = torch.device(model.device)
+        probe, _ = train_probe(*frames, device, x_train.numpy(), x_test.numpy(), **PROBE)
         target = torch.from_numpy(frames[1]["answer_class"].to_numpy())
         stats = gen_probe_stats(probe, x_test, target, threshold=0.0, device=device)
     train, test = ([[prompt.word, letter] for prompt, letter in part] for part in drawn)
@@ -194,20 +178,17 @@ def run_absorption(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> R
                 f"of {name} at {hook} does not tell how words are spelt"
             )
             return {"metrics": {}, "not_run": why, "probe_f1": probe_f1}
-        if sae.d_sae < config.max_k_value:
-            most = config.max_k_value
+        if sae.d_sae < (k := config.max_k_value):
             raise NotRun(
-                f"the SAE has {sae.d_sae} latents, and sae_bench's probes pick up to {most} for a letter"
+                f"the SAE has {sae.d_sae} latents, and sae_bench's probes pick up to {k} for a letter"
             )
         an_epoch = max(1, len(words["train"]) // STEPS_PER_EPOCH)
         config.k_sparse_probe_batch_size = min(config.k_sparse_probe_batch_size, an_epoch)
-        table = _by_letter(Adapter(sae, model), model, words, known.tensors("probes.safetensors"), config)
-    table = table.loc[passed]
-    letters = {
-        letter: {name: float(row[name]) for name in DETAIL}
-        | {"letter_latents": list(map(int, row["split_feats"]))}
-        for letter, row in table.iterrows()
-    }
+        table = _by_letter(Adapter(sae, model), model, known, config)
+    table, letters = table.loc[passed], {}
+    for letter, row in table.iterrows():
+        letters[letter] = {name: float(row[name]) for name in DETAIL}
+        letters[letter]["letter_latents"] = [int(i) for i in row["split_feats"]]
     return {
         "metrics": {f"mean_{name}": float(table[column].mean()) for name, column in METRICS.items()},
         "n_letters": len(passed),
@@ -217,16 +198,14 @@ def run_absorption(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> R
     }
 
 
-def _by_letter(
-    adapter: Adapter, model: LanguageModel, words: Row, tensors: dict[str, Tensor], config: Any
-) -> Any:
-    """sae_bench's table of absorption, one row per letter with words that the probe recognises, and
-    ``one_latent_f1``."""
+def _by_letter(adapter: Adapter, model: LanguageModel, known: Artifact, config: Any) -> Any:
+    """sae_bench's table: a row per letter with words that the probe recognises, and ``one_latent_f1``."""
     from sae_bench.evals.absorption import feature_absorption as absorption
     from sae_bench.evals.absorption import k_sparse_probing as sparse
     from sae_bench.evals.absorption.main import _aggregate_results_df
     from sae_bench.evals.absorption.probing import LinearProbe
 
+    words, tensors = known.json("words.json"), known.tensors("probes.safetensors")
     k, layer = config.max_k_value, model.layer
     train, test = ([(word, letter) for word, letter in words[part]] for part in ("train", "test"))
     probe = LinearProbe(model.d_model, num_outputs=26)
@@ -255,10 +234,6 @@ def _by_letter(
         base_template=config.prompt_template,
         word_token_pos=words["position"],
         batch_size=model.config.batch_rows,
-        full_absorption_probe_cos_sim_threshold=absorption.FULL_ABSORPTION_PROBE_COS_THRESHOLD,
-        absorption_fraction_probe_cos_sim_threshold=absorption.ABSORPTION_FRACTION_PROBE_COS_THRESHOLD,
-        probe_projection_proportion_threshold=absorption.ABSORPTION_PROBE_PROJECTION_PROPORTION_THRESHOLD,
-        absorption_fraction_max_absorbing_latents=absorption.ABSORPTION_FRACTION_MAX_ABSORBING_LATENTS,
     )
     random.seed(config.random_seed)  # every SAE meets the same prompts
     found = absorption.calculate_projection_and_cos_sims(calculator, adapter, probe, layer, stats)

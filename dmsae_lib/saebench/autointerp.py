@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from dmsae_lib.data.language_model import LanguageModel
-from dmsae_lib.saebench.adapter import SAE, Adapter, cache_name, our_model, undisturbed
-from dmsae_lib.saebench.official import LLM_BATCH_TOKENS
-from dmsae_lib.saebench.runner import Bench, NotRun, Row, evaluate, finite
+from dmsae_lib.saebench.adapter import SAE, Adapter, our_model, undisturbed
+from dmsae_lib.saebench.runner import LLM_BATCH_TOKENS, Bench, NotRun, Row, configured, evaluate, finite
 from dmsae_lib.store.artifacts import UserError
 
 KEY = "OPENAI_API_KEY"
@@ -82,15 +81,9 @@ def run_autointerp(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> R
     rows = torch.from_numpy(np.asarray(bench.rows, dtype=np.int64))
     rows = rows[rows[:, -1] != model.bos]
     n, context = rows.shape
-    config = main.AutoInterpEvalConfig(
-        model_name=cache_name(model),
-        random_seed=seed,
-        n_latents=suite.judge_latents,
-        total_tokens=rows.numel(),
-        llm_context_size=context,
-        llm_batch_size=max(1, LLM_BATCH_TOKENS // context),
-        llm_dtype=adapter.cfg.dtype,
-    )
+    sizes = {"llm_context_size": context, "llm_batch_size": max(1, LLM_BATCH_TOKENS // context)}
+    sizes |= {"n_latents": suite.judge_latents, "total_tokens": rows.numel()}
+    config = configured(main.AutoInterpEvalConfig, adapter, seed, **sizes)
     if context <= 2 * config.buffer or not n:
         raise UserError(
             f"autointerp got {n} full rows of {context} tokens: it needs some of more than "
@@ -116,13 +109,13 @@ def run_autointerp(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> R
         raise NotRun(f"no latent fires often enough on {rows.numel()} tokens")
     if not latents:
         raise NotRun(f"none of the answers of {suite.judge} about {n_explained} latents could be read")
+    shown = {}
+    for latent, one in sorted(latents.items()):
+        shown[str(latent)] = {"explanation": one["explanation"].replace(key, "..."), "score": one["score"]}
     return {
         "metrics": finite(found["eval_result_metrics"]["autointerp"]),
         "judge_model": suite.judge,
         "n_latents": n_explained,
         "n_scored": len(latents),
-        "latents": {
-            str(latent): {"explanation": one["explanation"].replace(key, "..."), "score": one["score"]}
-            for latent, one in sorted(latents.items())
-        },
+        "latents": shown,
     }

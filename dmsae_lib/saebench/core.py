@@ -5,7 +5,7 @@ What sae_bench 0.6.0 computes differently from :mod:`dmsae_lib.distill.evaluatio
 subtracts the wrong mean, and its losses count a BOS as target (never as input).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -78,39 +78,30 @@ def core_metrics(
         raise UserError("The core eval of sae_bench got no rows of the test split: raise data.test_tokens.")
     batch = max(b for b in range(1, min(batch_rows, len(tokens)) + 1) if len(tokens) % b == 0)  # no row twice
     rows = Dataset.from_dict({"tokens": tokens.tolist()})
-    return _metrics(sae, model, rows, tokens.shape[1], batch, (len(tokens) // batch,) * 2)
+    n = len(tokens) // batch
+    return _metrics(Adapter(sae, model), model, rows, (tokens.shape[1], batch, n, n))
 
 
-def run_core_hub(
-    sae: SAE,
-    model: LanguageModel,
-    bench: Bench,
-    seed: int,
-    batches: tuple[int, int] = HUB_BATCHES,
-    batch_rows: int = BATCH_ROWS,
-) -> Row:
+def run_core_hub(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> Row:
     """sae_bench's core metrics on openwebtext, shuffled by its seed, 42. Raises NotRun without the data."""
     which = {"split": "train", "streaming": True, "trust_remote_code": True}
     texts = get_dataset(OPENWEBTEXT, data=bench.data, **which).shuffle(seed=42, buffer_size=1)
     context = min(128, model.config.context_size)
-    return {"metrics": _metrics(sae, model, texts, context, batch_rows, batches, by_latent=True)}
+    sizes = (context, BATCH_ROWS, *HUB_BATCHES)
+    return {"metrics": _metrics(Adapter(sae, model), model, texts, sizes, by_latent=True)}
 
 
 def _metrics(
-    sae: SAE,
-    model: LanguageModel,
-    rows: Any,
-    context: int,
-    batch_rows: int,
-    batches: tuple[int, int],
-    by_latent: bool = False,
+    adapter: Adapter, model: LanguageModel, rows: Any, sizes: Sequence[int], by_latent: bool = False
 ) -> dict[str, float | None]:
+    """``rows``: tokens or texts; ``sizes``: context, rows of a batch, batches for the losses and the rest."""
+    context, batch_rows, n_losses, n_rest = sizes
     with undisturbed():
         from sae_bench.evals.core.main import CoreEvalConfig, calculate_misc_metrics, run_evals
         from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
         from sae_lens.training.activations_store import ActivationsStore
 
-        _, adapter, _ = load_and_format_sae("dmsae", Adapter(sae, model), model.device)
+        _, adapter, _ = load_and_format_sae("dmsae", adapter, model.device)
         store = ActivationsStore.from_sae(model.bridge, adapter, rows, context_size=context)
         asked = ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics")
         of_latents = ("featurewise_density_statistics", "featurewise_weight_based_metrics")
@@ -118,8 +109,8 @@ def _metrics(
             model_name=cache_name(model),
             batch_size_prompts=batch_rows,
             context_size=context,
-            n_eval_reconstruction_batches=batches[0],
-            n_eval_sparsity_variance_batches=batches[1],
+            n_eval_reconstruction_batches=n_losses,
+            n_eval_sparsity_variance_batches=n_rest,
             exclude_special_tokens_from_reconstruction=True,
             **{f"compute_{name}": True for name in asked},
             **{f"compute_{name}": by_latent for name in of_latents},

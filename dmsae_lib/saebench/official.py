@@ -19,12 +19,9 @@ import safetensors.torch
 import torch
 
 from dmsae_lib.data.language_model import LanguageModel
-from dmsae_lib.saebench.adapter import SAE, Adapter, cache_name, our_model, undisturbed
+from dmsae_lib.saebench.adapter import SAE, Adapter, our_model, undisturbed
 from dmsae_lib.saebench.hub_data import datasets_from
-from dmsae_lib.saebench.runner import Bench, Row, evaluate, finite, kept
-
-# sae_bench's 32 rows of 128 for Gemma-2-2B (activation_collection.py); no score depends on it
-LLM_BATCH_TOKENS = 2**12
+from dmsae_lib.saebench.runner import LLM_BATCH_TOKENS, Bench, Row, configured, evaluate, finite, kept
 
 
 class ProbesAsTensors:
@@ -75,16 +72,9 @@ def _on_our_model(model: LanguageModel) -> Iterator[None]:
         yield
 
 
-def _settings(model: LanguageModel, adapter: Adapter, seed: int) -> Row:
-    """What the configurations of sparse_probing and of scr_and_tpp have in common."""
+def _sizes(model: LanguageModel) -> dict[str, int]:
     context = min(128, model.config.context_size)
-    return {
-        "random_seed": seed,
-        "model_name": cache_name(model),
-        "llm_dtype": adapter.cfg.dtype,
-        "context_length": context,
-        "llm_batch_size": max(1, LLM_BATCH_TOKENS // context),
-    }
+    return {"context_length": context, "llm_batch_size": max(1, LLM_BATCH_TOKENS // context)}
 
 
 def _evaluate(main: ModuleType, config: Any, adapter: Adapter, bench: Bench, name: str) -> Row:
@@ -119,7 +109,7 @@ def run_sparse_probing_hub(sae: SAE, model: LanguageModel, bench: Bench, seed: i
     from sae_bench.sae_bench_utils import dataset_utils
 
     adapter = Adapter(sae, model)
-    config = main.SparseProbingEvalConfig(**_settings(model, adapter, seed) | options)
+    config = configured(main.SparseProbingEvalConfig, adapter, seed, **_sizes(model) | options)
     with undisturbed(), _on_our_model(model), datasets_from(bench.data, dataset_utils):
         found = _evaluate(main, config, adapter, bench, "sparse_probing")
     metrics = found["eval_result_metrics"]
@@ -141,7 +131,8 @@ def run_perturbation_hub(
     from sae_bench.sae_bench_utils import dataset_utils
 
     adapter, name = Adapter(sae, model), "scr" if scr else "tpp"
-    config = main.ScrAndTppEvalConfig(**_settings(model, adapter, seed) | options, perform_scr=scr)
+    options = _sizes(model) | options | {"perform_scr": scr}
+    config = configured(main.ScrAndTppEvalConfig, adapter, seed, **options)
     config.n_values = [n for n in config.n_values if n <= sae.d_sae]
     with (
         undisturbed(),

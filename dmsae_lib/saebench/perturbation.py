@@ -42,11 +42,8 @@ from dmsae_lib.store.artifacts import Artifact, hash_json, load, made, write
 KIND = "perturbation_probes"
 NS = (2, 5, 10, 20, 50, 100)  # latents ablated; sae_bench adds 500
 CONTEXT = 128  # tokens per text, BOS included: sae_bench's context_length
-PROBE = {
-    "batch_size": 16,
-    "lr": 1e-3,
-    "l1_penalty": 1e-3,
-}  # sae_bench's; the batch decides how biased SCR's is
+# sae_bench's; the batch decides how biased SCR's probe is
+PROBE = {"batch_size": 16, "lr": 1e-3, "l1_penalty": 1e-3}
 PROBE_STEPS = 5000  # of training a probe: sae_bench's 20 epochs of 4000 texts in batches of 16
 TEST_BATCH, TOKENS = 500, 8192  # texts per test batch (sae_bench's), tokens encoded at a time
 # sae_bench has no gate here: that of its absorption eval (F1 of a ground-truth probe), classes being balanced
@@ -57,8 +54,7 @@ ATTRIBUTES, BIASED = ("professor / nurse", "male / female"), "male_professor / f
 
 
 def prepare_perturbation(workers: Workers, bench: Bench, seed: int, scr: bool) -> dict[str, Artifact]:
-    """What SAEs share, by set of texts: residuals at the hook and probes on their means, made once in the
-    cache.
+    """What SAEs share, by set of texts: residuals at the hook and probes on their means, made once.
 
     Each artefact holds ``residuals`` (tokens, d_model), without BOS; ``lengths`` (texts,); ``train/<class>``
     and ``test/<class>``, numbers of texts; ``weight/<class>`` (1, d_model) and ``bias/<class>`` (1,). Its
@@ -104,8 +100,7 @@ def _shared(model: LanguageModel, texts: Texts, scr: bool, seed: int) -> tuple[d
 
         torch.manual_seed(seed)
         torch.set_grad_enabled(True)
-        # train_probe_on_activations does the same, but for SCR trains each probe twice, once with its classes
-        # swapped
+        # train_probe_on_activations does the same, but for SCR trains each probe twice, once swapped
         how = {"dim": model.d_model, "epochs": epochs, "early_stopping_patience": epochs} | PROBE
         probes = {}
         for label in classes:
@@ -215,8 +210,7 @@ def _poor(record: Row, scr: bool) -> str:
 
 @torch.no_grad()
 def _score(adapter: Adapter, shared: Artifact, ns: list[int], scr: bool, seed: int) -> Row:
-    """sae_bench's metrics of one set: ``scores`` of the texts' own tokens, ``padded`` as sae_bench pads
-    them."""
+    """sae_bench's metrics of one set: ``scores`` of the texts' own tokens, ``padded`` as it pads them."""
     record = shared.json("shared.json")
     held = {key: tensor.to(adapter.device) for key, tensor in shared.tensors("shared.safetensors").items()}
     residuals, lengths, classes = held["residuals"], held["lengths"], record["classes"]

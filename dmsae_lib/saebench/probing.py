@@ -38,8 +38,7 @@ LARGEST_TRAIN, SMALLEST_TEST = 1024, 100
 
 @cache
 def unique_rows(name: str) -> Any:
-    """The data frame (prompt, target, ...) of a set of sae_probes with each text once, and as many rows of
-    either class.
+    """The data frame (prompt, target, ...) of a set of sae_probes: each text once, as many of either class.
 
     Texts that differ in case, punctuation or white space alone count as one, the first; those that occur with
     both labels are left out. The larger class keeps the texts with the smallest hashes: sae_probes draws half
@@ -57,8 +56,7 @@ def unique_rows(name: str) -> Any:
 
 @contextlib.contextmanager
 def _each_text_once(sets: Sequence[str]) -> Iterator[None]:
-    """sae_probes knows :func:`unique_rows` of ``sets`` and no other rows: labels and sizes are those of our
-    activations."""
+    """sae_probes knows :func:`unique_rows` of ``sets`` and no other rows: they fit our activations."""
     from sae_probes import utils_data
 
     # one dictionary for all of its modules; of all rows, so not to be made in here
@@ -72,8 +70,7 @@ def _each_text_once(sets: Sequence[str]) -> Iterator[None]:
 
 
 def probing_cache(model: LanguageModel) -> str:
-    """The name of the model for sae_probes, and so in its cache: activations of all rows are never taken for
-    ours."""
+    """The model's name for sae_probes and its cache: activations of all rows are never taken for ours."""
     return f"{cache_name(model)}-each-text-once"
 
 
@@ -82,8 +79,10 @@ def prepare_probing(workers: Workers, bench: Bench, seed: int = 0) -> Artifact:
 
     The same numbers as ``sae_probes.generate_model_activations.ensure_dataset_activations`` (BOS first, the
     start of too long texts cut off) for the texts of :func:`unique_rows`, but every text is tokenised once
-    and batches are of texts of like length.
+    and batches are of texts of like length. Raises NotRun where there are no sets.
     """
+    if not bench.sets:
+        raise NotRun("saebench.probing_sets names no set that a probe on all channels can do")
     model, parents = workers.model, {"model": workers.model.hash}
     place = bench.cache / f"model_activations_{probing_cache(model)}"
     files = {name: f"{name}_{model.hook_name}.pt" for name in bench.sets}
@@ -129,8 +128,6 @@ def run_probing(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> Row:
     takes up an old result of the same name.
     """
     sets, ks = list(bench.sets), bench.settings.probing_ks
-    if not sets:
-        raise NotRun("saebench.probing_sets names no set that a probe on all channels can do")
     if max(ks) > sae.d_sae:
         raise UserError(f"saebench.probing_ks is {ks}: an SAE has {sae.d_sae} latents; lower it.")
     prepare_probing(Workers(model), bench)

@@ -7,7 +7,6 @@ bfloat16 for Gemma).
 """
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from torch import nn
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.saebench.adapter import SAE, Adapter, cache_name, undisturbed
 from dmsae_lib.saebench.hub_data import from_hub
-from dmsae_lib.saebench.runner import Bench, NotRun, Row, evaluate, finite, kept
+from dmsae_lib.saebench.runner import Bench, NotRun, Row, configured, evaluate, finite, kept
 
 PROMPTS = "adamkarvonen/ravel_prompts"
 FILES = ("entity_attributes", "entity_to_split", "prompt_to_split", "attribute_to_prompts")
@@ -33,8 +32,7 @@ FEWEST = 100
 
 
 class LayerWithTuples:
-    """A decoder layer for hooks written for transformers 4, where a layer returned a tuple; now it is a bare
-    tensor."""
+    """A decoder layer for hooks written for transformers 4, where a layer returned a tuple, not a tensor."""
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
@@ -50,8 +48,7 @@ class LayerWithTuples:
 
 @contextlib.contextmanager
 def _as_ravel_wants(model: LanguageModel) -> Iterator[Any]:
-    """sae_bench's RAVEL loads, under our name, a fresh transformers model, which is yielded, and our
-    tokenizer."""
+    """sae_bench's RAVEL loads our tokenizer and a fresh transformers model, which is yielded."""
     from sae_bench.evals.ravel import main
     from sae_bench.sae_bench_utils import activation_collection
     from transformers import AutoModelForCausalLM
@@ -104,28 +101,22 @@ def _find_known_facts(place: Path, model: LanguageModel, plain: Any, config: Any
 
 
 def _count_known_facts(place: Path, config: Any) -> dict[str, int]:
-    """``{entity_attribute: prompts answered rightly}``; NotRun where those of an attribute are too few or all
-    alike."""
+    """``{entity_attribute: prompts answered rightly}``; NotRun where they are too few or all alike."""
     from sae_bench.evals.ravel.instance import RAVELFilteredDataset, get_instance_name
-
-    def read(entity: str, file: str) -> Any:
-        return json.loads((place / "base" / f"ravel_{entity}_{file}.json").read_text(encoding="utf-8"))
 
     known = {}
     for entity, attributes in config.entity_attribute_selection.items():
         name = get_instance_name(entity, config.model_name, None, config.top_n_entities)
         prompts = RAVELFilteredDataset.load(str(place / name))
-        templates, n_entities = read(entity, "attribute_to_prompts"), len(read(entity, "entity_attributes"))
         for attribute in attributes:
             right = prompts.get_prompts_by_attribute(attribute)
             answers = {prompt.attribute_label for prompt in right}
             known[f"{entity}_{attribute}"] = len(right)
             if len(right) < FEWEST or len(answers) < 2:
-                asked = n_entities * len(templates[attribute])
                 raise NotRun(
-                    f"the model knows too few of the facts: it answers {len(right)} of {asked} questions "
-                    f"about {entity}: {attribute} rightly, with {len(answers)} different answers; {FEWEST} "
-                    "and 2 are needed"
+                    f"the model knows too few of the facts: it answers {len(right)} questions about "
+                    f"{entity}: {attribute} rightly, with {len(answers)} different answers; {FEWEST} and 2 "
+                    "are needed"
                 )
     return known
 
@@ -145,10 +136,10 @@ def run_ravel(sae: SAE, model: LanguageModel, bench: Bench, seed: int, **options
             "the model's tokenizer puts no BOS before a text, and sae_bench's RAVEL counts positions as if "
             "it did"
         )
-    ours = {"model_name": cache_name(model), "llm_dtype": "float32", "llm_batch_size": BATCH_ROWS}
-    config = main.RAVELEvalConfig(**ours | options, random_seed=seed)
-    decisive = [config.model_name, config.entity_attribute_selection]
     adapter = Adapter(sae, model)
+    ours = {"llm_dtype": "float32", "llm_batch_size": BATCH_ROWS}
+    config = configured(main.RAVELEvalConfig, adapter, seed, **ours | options)
+    decisive = [config.model_name, config.entity_attribute_selection]
     with undisturbed(), tempfile.TemporaryDirectory() as out, _as_ravel_wants(model) as plain:
         find = partial(_find_known_facts, model=model, plain=plain, config=config, data=bench.data)
         place = kept(bench.cache, "ravel", decisive, find)

@@ -18,6 +18,8 @@ from dmsae_lib.store.artifacts import hash_json
 from dmsae_lib.store.atomic import SCRATCH
 
 Row = dict[str, Any]
+# sae_bench's 32 rows of 128 for Gemma-2-2B (activation_collection.py); no score depends on it
+LLM_BATCH_TOKENS = 2**12
 
 
 class NotRun(Exception):
@@ -37,6 +39,12 @@ class Bench:
     def data(self) -> Path | None:
         """The folder to look for sae_bench's own data sets in before the Hub is asked."""
         return Path(self.settings.suite.data) if self.settings.suite.data else None
+
+
+def configured(config: type, adapter: Adapter, seed: int, **settings: Any) -> Any:
+    """sae_bench's configuration of an eval, for this model, SAE and seed."""
+    ours = {"model_name": adapter.cfg.model_name, "llm_dtype": adapter.cfg.dtype, "random_seed": seed}
+    return config(**ours | settings)
 
 
 def evaluate(main: ModuleType, config: Any, adapter: Adapter, **options: Any) -> Row:

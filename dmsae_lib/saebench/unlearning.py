@@ -20,7 +20,7 @@ from dmsae_lib.data.language_model import LanguageModel, describe
 from dmsae_lib.data.text_files import file_texts
 from dmsae_lib.saebench.adapter import SAE, Adapter, cache_name, our_model, undisturbed
 from dmsae_lib.saebench.hub_data import datasets_from
-from dmsae_lib.saebench.runner import Bench, NotRun, Row, evaluate, finite, kept
+from dmsae_lib.saebench.runner import Bench, NotRun, Row, configured, evaluate, finite, kept
 
 # by number of layers; the names that sae_bench has prompts for
 OFFICIAL = {26: "gemma-2-2b-it", 42: "gemma-2-9b-it"}
@@ -34,8 +34,7 @@ def official_name(model: LanguageModel) -> str | None:
 
 
 def _learn_what_it_knows(place: Path, model: LanguageModel, names: list[str]) -> None:
-    """The questions that the model answers rightly in every order of the choices, in ``place``, as sae_bench
-    keeps them."""
+    """The questions that the model answers rightly in every order of the choices, as sae_bench keeps them."""
     from sae_bench.evals.unlearning.utils import metrics
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -49,8 +48,7 @@ def _learn_what_it_knows(place: Path, model: LanguageModel, names: list[str]) ->
 
 
 def run_unlearning(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> Row:
-    """sae_bench's unlearning score: 1 - accuracy on WMDP biology, at the best clamp that keeps 99 % of the
-    side questions.
+    """sae_bench's unlearning score: 1 - accuracy on WMDP biology at the best clamp that keeps 99 % elsewhere.
 
     The questions (cais/wmdp, cais/mmlu) and wikitext come from ``bench.data``, else from the Hub. Returns
     ``{"metrics": {unlearning_score}}``. Raises NotRun where the corpus or another data set is missing, for
@@ -72,9 +70,8 @@ def run_unlearning(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> R
             f"{f'; {corpus} is no file' if corpus else ''}"
         )
     adapter = Adapter(sae, model)
-    config = main.UnlearningEvalConfig(
-        random_seed=seed, model_name=name, llm_batch_size=BATCH_ROWS, llm_dtype=adapter.cfg.dtype
-    )
+    ours = {"model_name": name, "llm_batch_size": BATCH_ROWS}
+    config = configured(main.UnlearningEvalConfig, adapter, seed, **ours)
     names, clamp = config.dataset_names, metrics.anthropic_clamp_resid_SAE_features
 
     def clamped(resid: Tensor, hook: Any, **options: Any) -> Tensor | None:

@@ -12,6 +12,7 @@ from builders.saebench import make_bench, sae_of
 from safetensors.torch import load_file
 
 from dmsae_lib.data.language_model import LanguageModel
+from dmsae_lib.saebench import core
 from dmsae_lib.saebench.core import run_core_hub
 from dmsae_lib.saebench.hub_data import hub_out_of_reach
 from dmsae_lib.saebench.official import run_perturbation_hub, run_sparse_probing_hub
@@ -91,6 +92,12 @@ def data(tmp_path_factory):
         [{"text": text(source, "ABC"[i % 3])} for i in range(400)],
     )
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_batches(monkeypatch):
+    monkeypatch.setattr(core, "HUB_BATCHES", (4, 8))
+    monkeypatch.setattr(core, "BATCH_ROWS", 4)
 
 
 @pytest.fixture
@@ -186,18 +193,18 @@ def test_a_model_in_half_precision(data, tmp_path, quick_probes):
         ]
         > 0.15
     )
-    assert run_core_hub(sae, model, bench, 0, (2, 2), 4)["metrics"]["l0"] > 0
+    assert run_core_hub(sae, model, bench, 0)["metrics"]["l0"] > 0
 
 
 def test_core_on_texts_from_a_folder(model, data, tmp_path):
     bench = make_bench(tmp_path, data=data)
     # Every text of 16 characters holds one of A, B, C, which the SAE reads, and nothing else that it does.
-    found = run_core_hub(reading_sae(model.d_model, SEEING), model, bench, 0, (4, 8), 4)["metrics"]
+    found = run_core_hub(reading_sae(model.d_model, SEEING), model, bench, 0)["metrics"]
     assert found["l0"] == pytest.approx(1 / 16, rel=0.15) and found["ce_loss_score"] is not None
     exact = torch.cat([torch.eye(model.d_model), -torch.eye(model.d_model)])
-    assert run_core_hub(sae_of(exact), model, bench, 0, (4, 8), 4)["metrics"][
-        "ce_loss_score"
-    ] == pytest.approx(1, abs=1e-4)
+    assert run_core_hub(sae_of(exact), model, bench, 0)["metrics"]["ce_loss_score"] == pytest.approx(
+        1, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("offline", [True, False])
