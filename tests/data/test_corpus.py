@@ -1,5 +1,6 @@
 """Text to contexts: which texts, which split, and that no token is lost on the way."""
 
+import functools
 import itertools
 import json
 import random
@@ -81,6 +82,7 @@ def test_probing_sets_share_no_text_and_hold_two_classes(tables, wheel):
         assert not wheel[one] & wheel[other], (one, other)
 
 
+@functools.cache
 def start(text: str) -> str:
     """What near-duplicates have in common, by other means than the corpus's."""
     letters = re.sub(r"[\W_]+", "", text.casefold())

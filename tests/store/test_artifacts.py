@@ -23,7 +23,7 @@ from dmsae_lib.store.artifacts import (
     write,
     write_json,
 )
-from dmsae_lib.store.atomic import replacing, write_text
+from dmsae_lib.store.atomic import explain_errors, replacing, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -444,6 +444,23 @@ def test_deleting_a_link_leaves_what_it_points_to(made, tmp_path):
         and value_of(tmp_path / "link") == 3.0
         and not (tmp_path / "link").is_symlink()
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("part"), "X is no model (KeyError: 'part'); choose another."),
+        (RuntimeError("first.\nsecond"), "X is no model (RuntimeError: first. second); choose another."),
+        (OSError(), "X is no model (OSError); choose another."),
+        (UserError("Our own sentence."), "Our own sentence."),
+    ],
+)
+def test_what_a_library_raises_is_one_sentence_with_a_remedy(error, said):
+    with pytest.raises(UserError) as caught, explain_errors("X is no model", "choose another"):
+        raise error
+    assert str(caught.value) == said
+    with pytest.raises(KeyboardInterrupt), explain_errors("X is no model", "choose another"):
+        raise KeyboardInterrupt
 
 
 def test_text_is_replaced_whole(tmp_path, monkeypatch):
