@@ -20,36 +20,15 @@ from dmsae_lib.data.model_loading import no_processes
 from dmsae_lib.store.artifacts import UserError
 
 CONTEXT, LAYER = 16, 1
-PLAIN = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-    "initializer_range": 0.2,
-}
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+WIDTH = {"vocab_size": 320, "hidden_size": 32}
+BLOCKS = {"num_hidden_layers": 3, "num_attention_heads": 4}
+LARGE = {"initializer_range": 0.2}  # weights so large that a difference is seen
+PLAIN = WIDTH | BLOCKS | IDS | LARGE | {"intermediate_size": 64, "max_position_embeddings": 64}
 GROUPED = PLAIN | {"num_key_value_heads": 2}
 GEMMA = GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
-SHORT = {
-    "vocab_size": 320,
-    "n_embd": 32,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 64,
-    "initializer_range": 0.2,
-}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+SHORT = LARGE | {"vocab_size": 320, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,32 +90,13 @@ ALIKE = {
     "GPTNeoXForCausalLM": PLAIN,
     "GPT2LMHeadModel": SHORT,
     "GPTJForCausalLM": SHORT | {"rotary_dim": 4},
-    "BloomForCausalLM": {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "n_layer": 3,
-        "n_head": 4,
-        "initializer_range": 0.2,
-    },
-    "FalconForCausalLM": {
-        name: PLAIN[name]
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    },
-    "MambaForCausalLM": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
-    "RwkvForCausalLM": {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "attention_hidden_size": 32,
-        "num_hidden_layers": 3,
-        "context_length": 64,
-    },
+    "BloomForCausalLM": WIDTH | LARGE | {"n_layer": 3, "n_head": 4},
+    "FalconForCausalLM": WIDTH | BLOCKS,
+    "MambaForCausalLM": WIDTH | {"num_hidden_layers": 3, "state_size": 4},
+    "RwkvForCausalLM": WIDTH | {"num_hidden_layers": 3, "attention_hidden_size": 32, "context_length": 64},
 }
-
-
-WITHOUT_EMBEDDINGS = (
-    "MambaForCausalLM",
-    "RwkvForCausalLM",
-)  # the first of their hidden states is the first block's
+# the first of their hidden states is the first block's, not the embeddings
+WITHOUT_EMBEDDINGS = ("MambaForCausalLM", "RwkvForCausalLM")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -151,10 +111,8 @@ def test_architectures_that_agree_with_transformers_are_taken(tmp_path, kind, dt
     )
     with torch.no_grad():
         found = plain.eval()(tokens, output_hidden_states=True)
-    resid, close = (
-        found.hidden_states[LAYER + (kind not in WITHOUT_EMBEDDINGS)],
-        {"float32": 1e-4, "bfloat16": 0.1}[dtype],
-    )
+    resid = found.hidden_states[LAYER + (kind not in WITHOUT_EMBEDDINGS)]
+    close = {"float32": 1e-4, "bfloat16": 0.1}[dtype]
     assert (model.logits(tokens) - found.logits).norm() < close * found.logits.norm()
     assert (model.lower(tokens) - resid).norm() < close * resid.norm()
 
@@ -166,24 +124,21 @@ def test_what_transformer_lens_computes_otherwise_is_refused(tmp_path, kind, dty
     assert f"TransformerLens does not compute {kind} as transformers does (residuals at the hook: " in message
 
 
-@pytest.mark.parametrize(
-    ("part", "what"),
-    [
-        ("lm_head", "logits"),
-        ("model.layers.1.mlp.down_proj", "residuals at the hook"),
-        ("model.layers.2.mlp.down_proj", "logits"),
-    ],
-)
+PARTS = {
+    "lm_head": "logits",
+    "model.layers.1.mlp.down_proj": "residuals at the hook",
+    "model.layers.2.mlp.down_proj": "logits",
+}
+
+
+@pytest.mark.parametrize(("part", "what"), PARTS.items())
 def test_a_difference_above_rounding_is_found_wherever_it_is(tmp_path, monkeypatch, part, what):
     """Weights that the bridge changes a little: a hundredth is refused, a hundred-thousandth may be
     rounding."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    folder, boot, factor = (
-        save(tmp_path / "model", "LlamaForCausalLM", **GROUPED),
-        TransformerBridge.boot_transformers,
-        1.0,
-    )
+    folder = save(tmp_path / "model", "LlamaForCausalLM", **GROUPED)
+    boot, factor = TransformerBridge.boot_transformers, 1.0
 
     def changing(name, hf_model, **options):
         with torch.no_grad():
@@ -220,40 +175,26 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "words"),
-    [
-        (
-            "RobertaForMaskedLM",
-            PLAIN,
-            "TransformerLens has no adapter for its architecture, RobertaForCausalLM; choose",
-        ),
-        (
-            "T5ForConditionalGeneration",
-            {"vocab_size": 320, "d_model": 32, "d_ff": 64, "num_layers": 3, "num_heads": 4, "d_kv": 8},
-            "transformers has no causal language model of its kind, t5; choose",
-        ),
-    ],
-)
-def test_an_architecture_that_cannot_be_taken_is_named_before_the_weights_are_read(
-    tmp_path, kind, settings, words
-):
+T5 = {"vocab_size": 320, "d_model": 32, "d_ff": 64, "num_layers": 3, "num_heads": 4, "d_kv": 8}
+UNKNOWN = {
+    "RobertaForMaskedLM": (PLAIN, "TransformerLens has no adapter for its architecture, RobertaForCausalLM"),
+    "T5ForConditionalGeneration": (T5, "transformers has no causal language model of its kind, t5"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_architecture_that_cannot_be_taken_is_named_before_the_weights_are_read(tmp_path, kind):
+    settings, words = UNKNOWN[kind]
     folder = save(tmp_path / "model", kind, **settings)
     (folder / "model.safetensors").write_bytes(b"no weights")
-    assert words in refused(folder)
+    assert f"{words}; choose" in refused(folder)
 
 
 def test_an_architecture_whose_parts_do_not_fit_is_named(tmp_path):
-    sizes = {
-        "decoder_layers": 2,
-        "encoder_layers": 2,
-        "decoder_ffn_dim": 64,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 64,
-    }
-    folder = save(
-        tmp_path / "bart", "BartForCausalLM", vocab_size=320, d_model=32, encoder_attention_heads=4, **sizes
-    )
+    decoder = {"decoder_layers": 2, "decoder_ffn_dim": 64, "decoder_attention_heads": 4}
+    encoder = {"encoder_layers": 2, "encoder_ffn_dim": 64, "encoder_attention_heads": 4}
+    sizes = decoder | encoder | {"vocab_size": 320, "d_model": 32}
+    folder = save(tmp_path / "bart", "BartForCausalLM", **sizes)
     assert "TransformerLens cannot take BartForCausalLM (" in refused(folder)
     folder = save(tmp_path / "gpt", "OpenAIGPTLMHeadModel", **SHORT)
     assert "TransformerLens gives no blocks.1.hook_resid_post of OpenAIGPTLMHeadModel (KeyError" in refused(
@@ -294,7 +235,7 @@ def pictures(tmp_path, monkeypatch, started) -> Path:
         tmp_path / "pictures",
         "Gemma3ForConditionalGeneration",
         text_config=GEMMA,
-        vision_config=VISION,
+        vision_config=VISION | {"image_size": 28, "patch_size": 14},
         image_token_index=319,
         boi_token_index=317,
         eoi_token_index=318,
@@ -326,20 +267,14 @@ def listen(event: str, details: tuple) -> None:
     """An audit hook: whatever Python opens for writing, makes, moves or deletes."""
     if not watching:
         return
-    if event == "open" and (
-        set(str(details[1] or "")) & set("wax+") or int(details[2] or 0) & (os.O_WRONLY | os.O_RDWR)
-    ):
+    if event == "open":
+        mode, flags = str(details[1] or ""), int(details[2] or 0)
+        if set(mode) & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR):
+            written.append(str(details[0]))
+    elif event in ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "shutil.rmtree"):
         written.append(str(details[0]))
-    elif event in (
-        "os.mkdir",
-        "os.rename",
-        "os.remove",
-        "os.link",
-        "os.symlink",
-        "shutil.rmtree",
-        "shutil.copyfile",
-    ):
-        written.append(str(details[-1 if event.startswith("shutil.copy") else 0]))
+    elif event == "shutil.copyfile":
+        written.append(str(details[-1]))
 
 
 def test_loading_writes_nothing_but_bytecode(pictures, tmp_path):
