@@ -31,14 +31,14 @@ TOO_LONG = " sesquipedalian"  # in the vocabulary, but the tokenizer cuts it in 
 
 @pytest.fixture(scope="module", autouse=True)
 def fewer_probes():
-    """Up to 3 latents for a letter, not 10: most of the time goes into scikit-learn's scores of those
-    probes."""
+    """Up to 3 latents for a letter, not 10, and shorter training: most of the time goes into those probes."""
     from sae_bench.evals.absorption import eval_config, main  # noqa: F401  its own run_eval keeps the real one
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             eval_config, "AbsorptionEvalConfig", partial(eval_config.AbsorptionEvalConfig, max_k_value=3)
         )
+        patch.setattr(absorption, "PROBE", absorption.PROBE | {"num_epochs": 20, "lr": 5e-2})
         yield
 
 
