@@ -1,5 +1,4 @@
-"""SAEBench through the sae_bench package itself: the table of its evals, and how they are run on a run's
-SAEs.
+"""SAEBench through the sae_bench package itself: the table of its evals, and how they run on a run's SAEs.
 
 An eval is run on one SAE with one *evaluation seed*, which governs the texts that it draws, its splits and
 its probes (training seeds are the SAEs'). Its result holds flat ``metrics``, and whatever explains them; or
@@ -38,10 +37,17 @@ from dmsae_lib.store.artifacts import Artifact, hash_json, load, made, write
 
 IMPORTED = 0  # the k of SAEs that were trained elsewhere
 REPRODUCED = ("core", "sparse_probing")  # by `make reproduce`; the others are the suite of `make saebench`
+PROBING = ("probing_sets", "probing_ks", "dense_at_least")  # settings
 AUDIT = "found unreliable by an audit (arXiv 2605.18229)"
+# what evals need
+TEXTS, PAIRS = (f"nothing ({what} of the sae-probes wheel)" for what in ("labelled texts", "class pairs"))
+SPELLING = 'a tokenizer in which " A" to " Z" are one token each, and a model that can spell'
 HUB = "the Hub, or its data in saebench.suite.data"
-PAIRS = "nothing (class pairs of the sae-probes wheel)"
-JUDGE = ("judge", "judge_url", "judge_latents")
+HUB_SETS = "bias_in_bios, amazon_reviews, github-code, ag_news, europarl"
+ENDPOINT = "an API key in OPENAI_API_KEY, and an OpenAI-compatible endpoint"
+GEMMA = "gemma-2-2b-it or -9b-it, the WMDP corpus (on request), the Hub"
+Run = Callable[[SAE, LanguageModel, Bench, int], Row]  # the last one is the evaluation seed
+Prepare = Callable[[Workers, Bench, int], Any]
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,8 @@ class Eval:
     """One eval of sae_bench."""
 
     needs: str  # beyond a model and an SAE
-    run: Callable[[SAE, LanguageModel, Bench, int], Row]  # the last one is the evaluation seed
-    prepare: Callable[[Workers, Bench, int], Any] | None = (
-        None  # makes what SAEs share; else every worker would
-    )
+    run: Run
+    prepare: Prepare | None = None  # makes what SAEs share; else every worker would
     settings: tuple[str, ...] = ()  # of the sections saebench and saebench.suite, on which its result depends
     seeded: bool = True
     doubt: str = ""  # who found it unreliable
@@ -77,37 +81,18 @@ def _perturbation_hub(scr: bool) -> Eval:
 
 EVALS: dict[str, Eval] = {
     "core": Eval("nothing", run_core, settings=("core_rows",), seeded=False),
-    "sparse_probing": Eval(
-        "nothing (labelled texts of the sae-probes wheel)",
-        run_probing,
-        prepare_probing,
-        settings=("probing_sets", "probing_ks", "dense_at_least"),
-    ),
-    "absorption": Eval(
-        'a tokenizer in which " A" to " Z" are one token each, and a model that can spell',
-        run_absorption,
-        prepare_absorption,
-    ),
+    "sparse_probing": Eval(TEXTS, run_probing, prepare_probing, PROBING),
+    "absorption": Eval(SPELLING, run_absorption, prepare_absorption),
     "tpp": _perturbation(scr=False),
     "scr": _perturbation(scr=True),
     "meta_structure": Eval("nothing (the decoder alone)", run_meta_structure),
     "core_hub": Eval(f"{HUB}: openwebtext", run_core_hub, settings=("data",), seeded=False),
-    "sparse_probing_hub": Eval(
-        f"{HUB}: bias_in_bios, amazon_reviews, github-code, ag_news, europarl",
-        run_sparse_probing_hub,
-        settings=("data",),
-    ),
+    "sparse_probing_hub": Eval(f"{HUB}: {HUB_SETS}", run_sparse_probing_hub, settings=("data",)),
     "tpp_hub": _perturbation_hub(scr=False),
     "scr_hub": _perturbation_hub(scr=True),
     "ravel": Eval(f"{HUB}; a model that knows the facts", run_ravel, settings=("data",)),
-    "autointerp": Eval(
-        "an API key in OPENAI_API_KEY, and an OpenAI-compatible endpoint", run_autointerp, settings=JUDGE
-    ),
-    "unlearning": Eval(
-        "gemma-2-2b-it or -9b-it, the WMDP corpus (on request), the Hub",
-        run_unlearning,
-        settings=("data", "unlearning_corpus"),
-    ),
+    "autointerp": Eval(ENDPOINT, run_autointerp, settings=("judge", "judge_url", "judge_latents")),
+    "unlearning": Eval(GEMMA, run_unlearning, settings=("data", "unlearning_corpus")),
     "mdl": Eval("the Hub (fineweb) and the package loguru", run_mdl),
 }
 

@@ -66,8 +66,7 @@ def cache_name(model: LanguageModel) -> str:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """One numerical thread, sae_bench's output kept to ourselves, all process-wide state put back
-    afterwards."""
+    """One numerical thread, sae_bench's output swallowed, all process-wide state put back afterwards."""
     from threadpoolctl import threadpool_limits
 
     threads, numpy_state, python_state = torch.get_num_threads(), np.random.get_state(), random.getstate()
@@ -75,7 +74,7 @@ def undisturbed() -> Iterator[None]:
     try:
         with (
             torch.random.fork_rng(devices=[]),
-            torch.set_grad_enabled(torch.is_grad_enabled()),
+            torch.set_grad_enabled(torch.is_grad_enabled()),  # whatever is set inside
             threadpool_limits(1),
             warnings.catch_warnings(action="ignore"),
             contextlib.redirect_stdout(io.StringIO()),
@@ -92,8 +91,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def our_model(model: LanguageModel) -> Iterator[None]:
-    """Whatever sae_bench loads by name is ``model``: it knows models of the Hub alone, and loads one per
-    eval.
+    """Whatever sae_bench loads by name is ``model``: it knows models of the Hub alone, and loads one per eval.
 
     Some of its functions check by jaxtyping that they get a HookedTransformer; the bridge does as well.
     """
