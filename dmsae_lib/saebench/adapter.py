@@ -91,7 +91,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def our_model(model: LanguageModel) -> Iterator[None]:
-    """Whatever sae_bench loads by name is ``model``: it knows models of the Hub alone, and loads one per eval.
+    """Whatever sae_bench loads by name is ``model``: it knows models of the Hub alone, and loads one an eval.
 
     Some of its functions check by jaxtyping that they get a HookedTransformer; the bridge does as well.
     """
