@@ -89,17 +89,14 @@ class ContextBuilder:
             self.current += tokens[: self.size - 1]
             self.close_row()
             return
-        if len(self.current) > 1:
-            self.current.append(self.bos)  # a boundary inside the row
+        stream = [self.bos, *tokens] if len(self.current) > 1 else tokens  # a boundary inside the row
         start = 0
-        while start < len(tokens):
+        while start < len(stream):
             stop = start + self.size - len(self.current)
-            self.current += tokens[start:stop]
+            self.current += stream[start:stop]
             start = stop
             if len(self.current) == self.size:
                 self.close_row()
-        if len(self.current) == self.size:  # an empty document's boundary filled the row
-            self.close_row()
 
     def contexts(self) -> Contexts:
         """The closed rows, padded with BOS."""

@@ -143,11 +143,8 @@ def test_the_harvest_holds_the_usable_tokens_in_order(stored):
 def test_record(tmp_path):
     artifact, record = harvested(tmp_path / "harvest", 100)
     x = MarkingModel().lower(torch.tensor(ALL[:100])).double()
-    assert (
-        record["harvested"] == 100
-        and record["n_tokens"]["train"] == len(ALL)
-        and record["outliers_dropped"] == 0
-    )
+    assert (record["harvested"], record["outliers_dropped"]) == (100, 0)
+    assert record["n_tokens"]["train"] == len(ALL)
     assert record["scale"] == pytest.approx(float(x.square().sum(1).mean().sqrt()), rel=1e-6)
     norms = MarkingModel().lower(torch.tensor(ALL)).norm(dim=1)
     assert record["median_norm"] == pytest.approx(float(norms.median()), rel=1e-6)
@@ -178,9 +175,7 @@ def test_residuals_that_are_all_the_same_are_refused(tmp_path):
         def lower(self, tokens):
             return torch.full((*tokens.shape, 4), 0.1)
 
-    with pytest.raises(
-        UserError, match="blocks.0.hook_resid_post are the same at every position: look at the model"
-    ):
+    with pytest.raises(UserError, match="blocks.0.hook_resid_post are the same .* look at the model"):
         harvested(tmp_path / "harvest", len(ALL), Constant())
 
 
@@ -203,26 +198,32 @@ def test_tokens_are_read_as_they_were_written(tmp_path):
     assert {path.suffix for path in artifact.folder.iterdir()} == {".safetensors", ".json"}
 
 
+RESIDENT = r"""
+import re, sys, torch
+from dmsae_lib.data.activations import StoredActivations
+from dmsae_lib.store.artifacts import load
+
+def resident():
+    status = open("/proc/self/status").read()
+    return sum(int(n) for n in re.findall(r"Rss(?:File|Anon):\s+(\d+)", status))
+
+artifact = load(sys.argv[1], "harvest")
+before = resident()
+source = StoredActivations(artifact, 1.0)
+x = source.rows(torch.arange(0, 6 * 2**15, 2**15))
+few = resident()
+everything = sum(float(shard.sum()) for shard in source.shards)
+print(few - before, resident() - before, float(x.sum()) / len(x), everything)
+"""
+
+
 def test_what_is_not_asked_for_is_not_read(tmp_path):
-    """Memory that maps a file counts as resident once it was touched: a few rows of 96 MiB touch a few
-    pages."""
+    """Memory that maps a file counts as resident once it was touched: few of 96 MiB for a few rows."""
     with write(tmp_path / "harvest", "harvest") as writer:
         for shard in range(2):
             writer.tensors(f"shard_{shard:04d}.safetensors", {"x": torch.ones(3 * 2**15, 128)})
-    code = (
-        "import re, sys, torch; from dmsae_lib.data.activations import StoredActivations; from "
-        "dmsae_lib.store.artifacts import load\n"
-        "resident = lambda: sum(int(n) for n in re.findall(r'Rss(?:File|Anon):\\s+(\\d+)', "
-        "open('/proc/self/status').read()))\n"
-        "artifact = load(sys.argv[1], 'harvest'); before = resident()\n"
-        "source = StoredActivations(artifact, 1.0); x = source.rows(torch.arange(0, 6 * 2**15, 2**15)); few "
-        "= resident()\n"
-        "everything = sum(float(shard.sum()) for shard in source.shards)\n"
-        "print(few - before, resident() - before, float(x.sum()) / len(x), everything)"
-    )
-    said = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "harvest"], capture_output=True, text=True, cwd=ROOT
-    )
+    command = [sys.executable, "-c", RESIDENT, tmp_path / "harvest"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     few, all_of_it, row, everything = map(float, said.stdout.split())
     assert row == 128 and everything == 6 * 2**15 * 128
     assert few < 20_000 < 90_000 < all_of_it  # KiB
