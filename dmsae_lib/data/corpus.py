@@ -23,8 +23,8 @@ SPLITS = ("train", "select", "test")
 DOCUMENTS = 64  # tokenised at a time: a whole batch is read before it is looked whether there is enough
 HELD_OUT = 0.03  # share of the documents in each of select and test
 # Letters and digits at the beginning by which texts count as alike. A text that has LONG of them is told by
-# so many, since licences and page headers give long texts the same first 64: such groups would take another 4
-# % of the held-out characters.
+# so many, since licences and page headers give long texts the same first 64: such groups would take another
+# 4 % of the held-out characters.
 SHORT, LONG = 64, 256
 LEFT_OUT = ("hate", "toxic", "spam")  # labelled sets of the wheel whose texts are not shown or learned from
 

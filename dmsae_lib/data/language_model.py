@@ -46,9 +46,8 @@ class LanguageModel:
         self.n_layers: int = self.bridge.cfg.n_layers
         self.bos: int = self.tokenizer.bos_token_id
         self.outlier_limit = math.inf  # a larger norm makes a residual an outlier: the harvest measures it
-        self._one_pass = (
-            threading.Lock()
-        )  # hooks hang on shared modules: a pass of another thread would meet them
+        # hooks hang on shared modules: a pass of another thread would meet them
+        self._one_pass = threading.Lock()
         check(self, expected)
 
     @property
@@ -80,11 +79,11 @@ class LanguageModel:
             return self.bridge(tokens)
 
     def usable(self, contexts: Contexts, resid: Tensor) -> Tensor:
-        """(rows, positions) bool: what is trained on, replaced, attributed and scored: no BOS, padding,
-        outlier.
+        """(rows, positions) bool: what is trained on, replaced, attributed and scored.
 
-        Real models hold a few positions of enormous norm (attention sinks), which would make up most of the
-        variance. NaN and Inf are no outliers: whoever meets them says so.
+        That is neither BOS nor padding nor an outlier: real models hold a few positions of enormous norm
+        (attention sinks), which would make up most of the variance. NaN and Inf are no outliers: whoever meets
+        them says so.
         """
         norm = resid.norm(dim=-1)
         return contexts.usable() & ~((norm > self.outlier_limit) & norm.isfinite())
