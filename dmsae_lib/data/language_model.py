@@ -82,8 +82,8 @@ class LanguageModel:
         """(rows, positions) bool: what is trained on, replaced, attributed and scored.
 
         That is neither BOS nor padding nor an outlier: real models hold a few positions of enormous norm
-        (attention sinks), which would make up most of the variance. NaN and Inf are no outliers: whoever meets
-        them says so.
+        (attention sinks), which would make up most of the variance. NaN and Inf are no outliers: whoever
+        meets them says so.
         """
         norm = resid.norm(dim=-1)
         return contexts.usable() & ~((norm > self.outlier_limit) & norm.isfinite())

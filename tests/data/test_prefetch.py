@@ -11,7 +11,7 @@ from dmsae_lib.data.prefetch import prefetched
 
 
 def alive() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3, 100])
@@ -34,6 +34,7 @@ def test_back_pressure(ahead):
         assert next(stream) == wanted
         time.sleep(0.02)
         assert len(made) <= wanted + 1 + ahead
+    assert alive()
     stream.close()
     assert not alive()
 
