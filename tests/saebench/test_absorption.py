@@ -35,9 +35,8 @@ def fewer_probes():
     from sae_bench.evals.absorption import eval_config, main  # noqa: F401  its own run_eval keeps the real one
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            eval_config, "AbsorptionEvalConfig", partial(eval_config.AbsorptionEvalConfig, max_k_value=3)
-        )
+        fewer = partial(eval_config.AbsorptionEvalConfig, max_k_value=3)
+        patch.setattr(eval_config, "AbsorptionEvalConfig", fewer)
         patch.setattr(absorption, "PROBE", absorption.PROBE | {"num_epochs": 20, "lr": 5e-2})
         yield
 
@@ -55,51 +54,30 @@ def save_spelling_model(folder: Path, known: str = LETTERS, lacking: str = "#", 
         for letter in LETTERS
         for _ in range(30 if letter == "s" else 16)
     }
-    others = [
-        *(f" {letter}" for letter in LETTERS.upper()),
-        " has",
-        " the",
-        " first",
-        " letter",
-        TOO_LONG,
-        "\n",
-        ":",
-    ]
+    answers = [f" {letter}" for letter in LETTERS.upper()]
+    others = [*answers, *(" has", " the", " first", " letter", TOO_LONG, "\n", ":")]
     vocabulary = {text: i for i, text in enumerate(["<bos>", "<unk>", *sorted(drawn), *others])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex(rf" (?=[{lacking}]\b)| ?[A-Za-z]{{1,9}}|\n|:"), "isolated"
-    )
+    pieces = Regex(rf" (?=[{lacking}]\b)| ?[A-Za-z]{{1,9}}|\n|:")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
     tokenizer.decoder = decoders.Fuse()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    special = {"bos_token": "<bos>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=WIDTH,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+    config = transformers.LlamaConfig(
+        **{"vocab_size": len(vocabulary), "hidden_size": WIDTH, "intermediate_size": 8},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 128},
+        **{"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0},
     )
+    model = transformers.LlamaForCausalLM(config)
     rows = torch.zeros(len(vocabulary), WIDTH)
     own = iter(range(26, 57))
     for text, i in vocabulary.items():
         letter = text.strip().lower()[:1]
         if letter and letter in LETTERS:
-            told = (
-                letter
-                if letter in known
-                else words.choice([other for other in LETTERS if other not in known + letter])
-            )
-            rows[i, LETTERS.index(told)] = SPELT
+            wrong = [other for other in LETTERS if other not in known + letter]
+            rows[i, LETTERS.index(letter if letter in known else words.choice(wrong))] = SPELT
         if letter == "s" and text != TOO_LONG:
             rows[i, next(own)] = OWN
         else:

@@ -41,56 +41,43 @@ def text(source: random.Random, *characters: str) -> str:
     return "".join(letters)
 
 
-def write_jsonl(path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Small data sets in folders that are called as on the Hub; each class has a character of its own."""
     folder, source = tmp_path_factory.mktemp("hub"), random.Random(0)
+
+    def put(name: str, rows: list[dict]) -> None:
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
     for split, each in (("train", 45), ("test", 25)):
-        write_jsonl(
-            folder / f"LabHC/bias_in_bios/{split}.jsonl",
-            [
-                {"hard_text": text(source, job, gender), "profession": profession, "gender": number}
-                for profession, job in JOBS.items()
-                for number, gender in GENDERS.items()
-                for _ in range(each)
-            ],
-        )
-        write_jsonl(
-            folder / f"fancyzhx/ag_news/{split}.jsonl",
-            [{"text": text(source, "ABCD"[i % 4]), "label": i % 4} for i in range(240)],
-        )
-        write_jsonl(
-            folder / f"canrager/amazon_reviews_mcauley_1and5/{split}.jsonl",
-            [
-                {"text": text(source, "ABCDE"[i], "FG"[stars > 1]), "category": category, "rating": stars}
-                for i, category in enumerate((1, 2, 3, 5, 6))
-                for stars in (1.0, 5.0)
-                for _ in range(25)
-            ],
-        )
-    for i, (language, pair) in enumerate(
-        {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}.items()
-    ):
-        write_jsonl(
-            folder / f"Helsinki-NLP/europarl/{pair}/train.jsonl",
-            [{"translation": {language: text(source, PLANTED[i])}} for _ in range(70)],
-        )
-    languages = ["C", "Python", "HTML", "Java", "PHP"]
+        bios = [
+            {"hard_text": text(source, job, gender), "profession": profession, "gender": number}
+            for profession, job in JOBS.items()
+            for number, gender in GENDERS.items()
+            for _ in range(each)
+        ]
+        put(f"LabHC/bias_in_bios/{split}", bios)
+        news = [{"text": text(source, "ABCD"[i % 4]), "label": i % 4} for i in range(240)]
+        put(f"fancyzhx/ag_news/{split}", news)
+        reviews = [
+            {"text": text(source, "ABCDE"[i], "FG"[stars > 1]), "category": category, "rating": stars}
+            for i, category in enumerate((1, 2, 3, 5, 6))
+            for stars in (1.0, 5.0)
+            for _ in range(25)
+        ]
+        put(f"canrager/amazon_reviews_mcauley_1and5/{split}", reviews)
+    for character, pair in zip(PLANTED, ("en-fr", "fr-it", "de-en", "es-fr", "nl-pt")):
+        rows = [{"translation": {pair[:2]: text(source, character)}} for _ in range(70)]
+        put(f"Helsinki-NLP/europarl/{pair}/train", rows)
     code = [
-        {"language": language, "code": "#" * 150 + text(source, "ABCDE"[i]) + "." * 400}
+        {"language": language, "code": "#" * 150 + text(source, character) + "." * 400}
         for _ in range(70)
-        for i, language in enumerate(languages)
+        for character, language in zip(PLANTED, ("C", "Python", "HTML", "Java", "PHP"))
     ]
-    write_jsonl(folder / "codeparrot/github-code/train.jsonl", code)
-    write_jsonl(
-        folder / "Skylion007/openwebtext/train.jsonl",
-        [{"text": text(source, "ABC"[i % 3])} for i in range(400)],
-    )
+    put("codeparrot/github-code/train", code)
+    put("Skylion007/openwebtext/train", [{"text": text(source, "ABC"[i % 3])} for i in range(400)])
     return folder
 
 
@@ -107,11 +94,11 @@ def quick_probes(monkeypatch):
     from sae_bench.evals.sparse_probing import probe_training
 
     plain = probe_training.train_probe_on_activations
-    monkeypatch.setattr(
-        probe_training,
-        "train_probe_on_activations",
-        lambda *given, lr=1e-3, **options: plain(*given, lr=30 * lr, **options),
-    )
+
+    def quick(*given, lr=1e-3, **options):
+        return plain(*given, lr=30 * lr, **options)
+
+    monkeypatch.setattr(probe_training, "train_probe_on_activations", quick)
 
 
 def test_probing_finds_the_planted_latents_in_every_data_set(model, data, tmp_path):
