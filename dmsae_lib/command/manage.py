@@ -19,7 +19,7 @@ from dmsae_lib.command.stages import Stage, stages
 from dmsae_lib.config.lock import locked
 from dmsae_lib.config.run import NAME, Run, open_run
 from dmsae_lib.store.artifacts import ArtifactError, UserError, explain_os_errors, load
-from dmsae_lib.store.atomic import delete, replacing
+from dmsae_lib.store.atomic import delete, replacing, write_text
 from dmsae_lib.store.provenance import code_state
 
 CODE = ("dmsae_lib", "requirements.lock")
@@ -117,7 +117,7 @@ def publish(run: Run, name: str = "") -> None:
     nothing."""
     from dmsae_lib.distill.core_format import export_core
     from dmsae_lib.figures import draw_all
-    from dmsae_lib.report.page import update_readme
+    from dmsae_lib.report.page import published_page, update_readme
 
     if not name and run.name != run.config.name:
         raise UserError(
@@ -136,8 +136,10 @@ def publish(run: Run, name: str = "") -> None:
         for stage, state in made.items():
             if state == "present" and not stage.startswith("chain_"):  # other chains' look the same
                 shutil.copy(run.folder / "notebooks" / f"{stage}.ipynb", results / "notebooks")
+        page = published_page(results, name, run.root)
+        (results / "README.md").write_text(page, encoding="utf-8")
         draw_all(results, figures)
-    if name in ("default", "extended") and (run.root / "results" / "default").is_dir():
+    if name in ("default", "extended"):
         update_readme(run.root)
     size = sum(path.stat().st_size for target in targets for path in target.rglob("*") if path.is_file())
     print(f"published runs/{run.name} as results/{name} and figures/{name} ({size / 2**20:.1f} MiB)")
@@ -164,13 +166,18 @@ def push_core(run: Run, to: str, licence: str = "", public: bool = False) -> Non
 
 
 def figures(run: Run, name: str = "") -> None:
-    """Draw figures/<name> again from results/<name>; nothing is computed."""
+    """Draw figures/<name> and write the page of results/<name> again from the results; nothing is
+    computed."""
     from dmsae_lib.figures import draw_all
+    from dmsae_lib.report.page import published_page, update_readme
 
     name = _checked(name or run.name)
-    target = run.root / "figures" / name
+    results, target = run.root / "results" / name, run.root / "figures" / name
     with explain_os_errors(target), replacing(target) as (new,):
-        drawn = draw_all(run.root / "results" / name, new)
+        drawn = draw_all(results, new)
+        write_text(results / "README.md", published_page(results, name, run.root))
+    if name in ("default", "extended"):
+        update_readme(run.root)
     print(f"drew {len(drawn)} figures in figures/{name}")
 
 

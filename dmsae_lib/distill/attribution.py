@@ -5,7 +5,7 @@ latent i at token t is A_i(t) = f_i(x_t) <g_t, d_i>: exactly the derivative that
 times f, from one gradient at xhat_0, so no graph as wide as the SAE is ever built (method, section 3).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,8 +175,9 @@ def smallest_cover(scores: Tensor, coverage: float) -> Tensor:
     return order[: min(n, int((scores > 0).sum()))]
 
 
-def jaccard(a: Tensor, b: Tensor) -> float:
-    left, right = set(a.tolist()), set(b.tolist())
+def jaccard(a: Iterable[Hashable], b: Iterable[Hashable]) -> float:
+    """Of two sets: the share of their union that both have."""
+    left, right = set(a), set(b)
     return len(left & right) / len(left | right) if left | right else 1.0
 
 
@@ -189,7 +190,7 @@ def describe(table: AttributionTable, coverage: float, aggregator: str) -> dict[
     """record.json: sizes by aggregator, how stable the ranking is between halves, size against coverage."""
 
     def alike(a: Tensor, b: Tensor) -> dict[str, float | None]:
-        chosen = (smallest_cover(scores, coverage) for scores in (a, b))
+        chosen = (smallest_cover(scores, coverage).tolist() for scores in (a, b))
         return {"jaccard": jaccard(*chosen), "spearman": _spearman(a, b)}
 
     default = table.scores[aggregator]

@@ -15,24 +15,25 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from dmsae_lib.report.claims import judged_chains
+from dmsae_lib.report.series import replicates
 from dmsae_lib.report.verdicts import FAILS, HOLDS
 
 Row = dict[str, Any]
 CHANCE = 0.01  # share of the numbers that are beyond their tolerance where runs differ as seeds do
-# so improbable a count of such numbers, or one that is FAR times its tolerance away, is a disagreement
-SURPRISE = 0.001
-FAR = 3.0
+SURPRISE = 0.001  # so improbable a count of such numbers is a disagreement
+FAR = 3.0  # and so is one that is so many times its tolerance away
 UNMOVED = (0.0, 0.001, "replicates do not differ: rounding alone")
 # Where a run has no replicates of a number, as the bare model or the cycles of a run with one chain.
+SIZE = (3.0, 0.10, "the change of size that claim C1 calls settled")
+CORE_L0, TOTAL_L0 = (1.0, 0.10, "as the core's size"), (0.0, 0.04, "calibration on other text")
 UNMEASURED = {
     "bare model": (0.001, 0.0, "rounding: the weights are given"),  # nats
-    "cycle.core_out": (3.0, 0.10, "the change of size that claim C1 calls settled"),
-    "cycle.kept": (3.0, 0.10, "the change of size that claim C1 calls settled"),
-    "cycle.L0.core": (1.0, 0.10, "as the core's size"),
-    "L0.core": (1.0, 0.10, "as the core's size"),
-    "cycle.L0.total": (0.0, 0.04, "calibration on other text"),
-    "L0.total": (0.0, 0.04, "calibration on other text"),
+    "cycle.core_out": SIZE,
+    "cycle.kept": SIZE,
+    "cycle.L0.core": CORE_L0,
+    "L0.core": CORE_L0,
+    "cycle.L0.total": TOTAL_L0,
+    "L0.total": TOTAL_L0,
     "cycle.fvu": (0.01, 0.05, "by decision"),
     "cycle.loss_increase": (0.03, 0.05, "by decision"),
 }
@@ -49,41 +50,31 @@ class Number(NamedTuple):
 
 
 def _numbers(summary: Row) -> Iterator[Number]:
-    model, chains = summary["language_model"], {"main": summary["cycles"]}
     for name in ("clean_loss", "zero_loss", "mean_loss"):
-        yield Number(f"language_model.{name}", "bare model", (name,), model[name])
+        yield Number(f"language_model.{name}", "bare model", (name,), summary["language_model"][name])
+    alike = dict.fromkeys(replicates(summary), "replicates")  # others have core settings of their own
+    chains = {"main": summary["cycles"]}
     chains |= {name: chain["cycles"] for name, chain in summary["chains"].items()}
-    kinds = dict.fromkeys(judged_chains(summary), "judged")  # others have core settings of their own
     for name, rows in chains.items():
+        place = "" if name == "main" else f"chains.{name}."
         for row in rows:
-            place, group = (
-                f"{'' if name == 'main' else f'chains.{name}.'}cycles[{row['cycle']}]",
-                kinds.get(name, name),
-            )
-            for kind, value in [
-                ("core_out", row["core_out"]),
-                ("kept", row["kept"]),
-                ("fvu", row["fvu"]["full"]),
-                ("loss_increase", row["loss_increase"]["full"]),
-                *_l0(row["L0"]),
-            ]:
-                yield Number(f"{place}.{kind}", f"cycle.{kind}", (group, row["cycle"]), value)
+            values = {"core_out": row["core_out"], "kept": row["kept"], "fvu": row["fvu"]["full"]}
+            values |= {"loss_increase": row["loss_increase"]["full"], **_l0(row)}
+            group = (alike.get(name, name), row["cycle"])
+            for kind, value in values.items():
+                yield Number(f"{place}cycles[{row['cycle']}].{kind}", f"cycle.{kind}", group, value)
     for row in summary["retrain"]:
         chain = "" if row["chain"] == "main" else f"chain {row['chain']}, "
         place = f"retrain[{chain}k={row['k']}, {row['arm']}, seed {row['seed']}]"
-        group = (kinds.get(row["chain"], row["chain"]), row["k"], row["arm"])
-        for kind, value in [
-            ("fvu", row["fvu"]),
-            ("loss_increase", row["loss_increase"]),
-            *_l0(row["L0"]),
-            *(row["saebench"] or {}).items(),
-        ]:
+        group = (alike.get(row["chain"], row["chain"]), row["k"], row["arm"])
+        values = {"fvu": row["fvu"], "loss_increase": row["loss_increase"], **_l0(row)}
+        for kind, value in (values | (row["saebench"] or {})).items():
             if value is not None:
                 yield Number(f"{place}.{kind}", kind, group, value)
 
 
-def _l0(l0: Row) -> list[tuple[str, float]]:
-    return [(f"L0.{part}", l0[part]) for part in ("core", "total")]
+def _l0(row: Row) -> dict[str, float]:
+    return {f"L0.{part}": row["L0"][part] for part in ("core", "total")}
 
 
 def tolerances(summary: Row) -> dict[str, Row]:
@@ -99,22 +90,16 @@ def tolerances(summary: Row) -> dict[str, Row]:
         groups.setdefault(number.kind, {}).setdefault(number.group, []).append(number.value)
     found = {}
     for kind, by_group in groups.items():
-        # no core: its L0 is 0 whatever the seed
-        varied = [values for values in by_group.values() if any(values)]
+        varied = [values for values in by_group.values() if any(values)]  # no core: L0 is 0 whatever the seed
         df = sum(len(values) - 1 for values in varied)
         squares = sum((value - fmean(values)) ** 2 for values in varied for value in values)
-        if df == 0 or squares == 0:
-            absolute, relative, source = UNMOVED if df else UNMEASURED.get(kind, OTHERWISE)
-            found[kind] = {
-                "tolerance": [absolute, relative],
-                "sd": 0.0 if df else None,
-                "df": df,
-                "source": source,
-            }
+        sd = math.sqrt(squares / df) if df else None
+        if sd:
+            absolute = float(stdtrit(df, 1 - CHANCE / 2)) * math.sqrt(2) * sd
+            relative, source = 0.0, "replicates of this run"
         else:
-            sd = math.sqrt(squares / df)
-            limit = float(stdtrit(df, 1 - CHANCE / 2)) * math.sqrt(2) * sd
-            found[kind] = {"tolerance": [limit, 0.0], "sd": sd, "df": df, "source": "replicates of this run"}
+            absolute, relative, source = UNMOVED if df else UNMEASURED.get(kind, OTHERWISE)
+        found[kind] = {"tolerance": [absolute, relative], "sd": sd, "df": df, "source": source}
     return found
 
 
@@ -127,9 +112,9 @@ def compare(fresh: Row, published: Row) -> list[Row]:
     """Rows {metric, published, fresh, difference, tolerance, ok, far} for every number, and for every
     verdict.
 
-    A number that only one side has is not ok and far; so is a verdict that turned into its opposite, while
-    one that became decidable, or undecidable, is not ok alone. What only one side was asked to run (``make
-    saebench``) is left out; no verdict depends on it.
+    A number or claim that only one side has is not ok and far; so is a verdict that turned into its opposite,
+    while one that became decidable, or undecidable, is not ok alone. What only one side was asked to run
+    (``make saebench``) is left out; no verdict depends on it.
     """
     new, old = ({number.metric: number for number in _numbers(side)} for side in (fresh, published))
     unasked, rows = optional_evals(fresh) ^ optional_evals(published), []
@@ -137,48 +122,25 @@ def compare(fresh: Row, published: Row) -> list[Row]:
         number = old.get(metric) or new[metric]
         if number.kind.partition(".")[0] in unasked:
             continue
-        values = [side[metric].value if metric in side else None for side in (old, new)]
-        row = {
-            "metric": metric,
-            "published": values[0],
-            "fresh": values[1],
-            "difference": None,
-            "tolerance": None,
-        }
-        if None in values:
+        before, after = (side[metric].value if metric in side else None for side in (old, new))
+        row = {"metric": metric, "published": before, "fresh": after, "difference": None, "tolerance": None}
+        if None in (before, after):
             rows.append(row | {"ok": False, "far": True})
             continue
-        absolute, relative = published["tolerances"].get(number.kind, {"tolerance": OTHERWISE[:2]})[
-            "tolerance"
-        ]
-        tolerance, difference = max(absolute, relative * abs(values[0])), values[1] - values[0]
-        rows.append(
-            row
-            | {
-                "difference": difference,
-                "tolerance": tolerance,
-                "ok": abs(difference) <= tolerance,
-                "far": abs(difference) > FAR * tolerance,
-            }
-        )
-    for name, claim in published["claims"].items():
-        verdicts = claim["verdict"], fresh["claims"][name]["verdict"]
-        rows.append(
-            {
-                "metric": f"claims.{name}",
-                "published": verdicts[0],
-                "fresh": verdicts[1],
-                "difference": None,
-                "tolerance": None,
-                "ok": verdicts[0] == verdicts[1],
-                "far": {*verdicts} == {HOLDS, FAILS},
-            }
-        )
+        limits = published["tolerances"].get(number.kind, {"tolerance": OTHERWISE[:2]})["tolerance"]
+        difference, tolerance = after - before, max(limits[0], limits[1] * abs(before))
+        row |= {"difference": difference, "tolerance": tolerance, "ok": abs(difference) <= tolerance}
+        rows.append(row | {"far": abs(difference) > FAR * tolerance})
+    for name in published["claims"] | fresh["claims"]:
+        before, after = (side["claims"].get(name, {}).get("verdict") for side in (published, fresh))
+        row = {"metric": f"claims.{name}", "published": before, "fresh": after}
+        row |= {"difference": None, "tolerance": None, "ok": before == after}
+        rows.append(row | {"far": {before, after} == {HOLDS, FAILS} or None in (before, after)})
     return rows
 
 
 def assess(rows: list[Row]) -> Row:
-    """{numbers, identical, beyond, expected, disagrees, verdicts}: what the rows of :func:`compare` come to.
+    """{numbers, identical, beyond, expected, verdicts, disagrees}: what the rows of :func:`compare` come to.
 
     They disagree where anything is far, or where more numbers are beyond their tolerance than chance would
     put there, of those that are not identical.
@@ -186,18 +148,13 @@ def assess(rows: list[Row]) -> Row:
     from scipy.stats import binom
 
     numbers = [row for row in rows if not row["metric"].startswith("claims.")]
-    identical, beyond = sum(row["difference"] == 0 for row in numbers), sum(not row["ok"] for row in numbers)
     changed = {
         row["metric"].removeprefix("claims."): (row["published"], row["fresh"])
         for row in rows
         if row["metric"].startswith("claims.") and not row["ok"]
     }
+    identical, beyond = sum(row["difference"] == 0 for row in numbers), sum(not row["ok"] for row in numbers)
     moved = len(numbers) - identical
-    return {
-        "numbers": len(numbers),
-        "identical": identical,
-        "beyond": beyond,
-        "expected": CHANCE * moved,
-        "verdicts": changed,
-        "disagrees": any(row["far"] for row in rows) or beyond > binom.isf(SURPRISE, moved, CHANCE),
-    }
+    found = {"numbers": len(numbers), "identical": identical, "beyond": beyond, "expected": CHANCE * moved}
+    disagrees = any(row["far"] for row in rows) or beyond > binom.isf(SURPRISE, moved, CHANCE)
+    return found | {"verdicts": changed, "disagrees": disagrees}

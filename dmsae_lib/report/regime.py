@@ -16,13 +16,11 @@ FREQUENCY = 0.3  # median share of tokens on which a chosen candidate fires
 SPARSITY = 0.25  # k / d_in; the paper has .14
 RARE_LATENTS = 1 / 3  # share of latents that fire on fewer than 1 in 1000 tokens
 CORE_SHARE = 0.75  # c / k of a core that is exempt from selection: above it the free latents starve
-# by what share FVU may still fall from one quarter of the steps before the rate decays to the next
-FLAT = 0.10
+FLAT = 0.10  # share by which FVU may still fall between the last two quarters of the steps before the decay
 
 
 def still_falling(history: list[dict[str, str]], decay: float) -> float:
-    """By what share the FVU of the training batches falls from the third to the last quarter of the steps
-    before the decay.
+    """By what share the batches' FVU falls from the third to the last quarter of the steps before the decay.
 
     ``history`` is that of a training; batches are noisy, so each end is the mean over a quarter. 1 where no
     batch has an FVU.
@@ -44,23 +42,15 @@ def gates(
 
     ``metrics`` and ``history`` are the SAE's, ``attribution`` its record.
     """
-    chosen = attribution["core"]
-    found = [
-        ("median frequency of the chosen candidates", chosen["frequency"], FREQUENCY),
-        (
-            "share of the candidates that the coverage needs",
-            chosen["selected"] / attribution["candidates"],
-            None,
-        ),
-        ("k / d_in", config.training.k / d_in, SPARSITY + 1e-9),
-        ("share of latents that fire on fewer than 1 in 1000 tokens", metrics["rare"], RARE_LATENTS),
-        (
-            "share by which FVU still falls before the decay",
-            still_falling(history, config.training.decay),
-            FLAT,
-        ),
+    chosen, falls = attribution["core"], still_falling(history, config.training.decay)
+    share = chosen["selected"] / attribution["candidates"]
+    return [
+        _gate("median frequency of the chosen candidates", chosen["frequency"], FREQUENCY),
+        _gate("share of the candidates that the coverage needs", share, None),
+        _gate("k / d_in", config.training.k / d_in, SPARSITY + 1e-9),
+        _gate("share of latents that fire on fewer than 1 in 1000 tokens", metrics["rare"], RARE_LATENTS),
+        _gate("share by which FVU still falls before the decay", falls, FLAT),
     ]
-    return [_gate(*gate) for gate in found]
 
 
 def _gate(name: str, value: float, bound: float | None) -> Row:
@@ -71,40 +61,33 @@ def compared_gates(k: int, exempt: list[int], retrained: list[Row]) -> list[Row]
     """Gates on what is compared: [{gate, value, bound, ok}].
 
     ``exempt``: core sizes of cycle 0 in the chains whose core is exempt from selection. ``retrained``: rows
-    of the main kind of chain, {core, k, rare}.
+    of the main kind of chain, {arm, k, rare}.
     """
-    found = (
-        [("latents of a core that is exempt from selection, per k", max(exempt) / k, CORE_SHARE)]
-        if exempt
-        else []
-    )
+    found = []
+    if exempt:
+        name = "latents of a core that is exempt from selection, per k"
+        found.append(_gate(name, max(exempt) / k, CORE_SHARE))
     for at in sorted({row["k"] for row in retrained}):
-        for arm, name in (("none", "no core"), ("distilled", "the distilled core")):
+        for arm, core in (("none", "no core"), ("distilled", "the distilled core")):
             if rare := [row["rare"] for row in retrained if (row["arm"], row["k"]) == (arm, at)]:
-                found.append(
-                    (
-                        f"share of rare latents after retraining with {name} at k = {at}",
-                        fmean(rare),
-                        RARE_LATENTS,
-                    )
-                )
-    return [_gate(*gate) for gate in found]
+                name = f"share of rare latents after retraining with {core} at k = {at}"
+                found.append(_gate(name, fmean(rare), RARE_LATENTS))
+    return found
 
 
 def choose_rate(table: list[Row]) -> float | None:
     """The rule of notebook 09: of the rates that leave neither kind of SAE more than RARE_LATENTS rare, that
-    of the lowest mean loss increase.
+    of the lowest mean loss increase; None where no rate is eligible.
 
-    ``table`` has a row per rate and SAE: {lr, with_core, rare, loss_increase}. None where no rate is
-    eligible.
+    ``table`` has a row per rate and SAE: {lr, with_core, rare, loss_increase}.
     """
     eligible = {}
     for lr in dict.fromkeys(row["lr"] for row in table):
-        kinds = [
-            [row for row in table if row["lr"] == lr and row["with_core"] is kind] for kind in (False, True)
-        ]
-        if all(fmean(row["rare"] for row in kind) < RARE_LATENTS for kind in kinds):
-            eligible[lr] = fmean(fmean(row["loss_increase"] for row in kind) for kind in kinds)
+        without, with_core = (
+            [row for row in table if (row["lr"], row["with_core"]) == (lr, core)] for core in (False, True)
+        )
+        if all(fmean(row["rare"] for row in kind) < RARE_LATENTS for kind in (without, with_core)):
+            eligible[lr] = fmean(fmean(row["loss_increase"] for row in kind) for kind in (without, with_core))
     return min(eligible, key=eligible.get, default=None)
 
 
@@ -117,11 +100,12 @@ def core_by_rate(table: list[Row]) -> list[Row]:
     """
     loss = {(row["lr"], row["with_core"], row["seed"]): row["loss_increase"] for row in table}
     rates, seeds = sorted({row["lr"] for row in table}), sorted({row["seed"] for row in table})
-    best = [
-        min(rates, key=lambda lr: fmean(loss[lr, kind, seed] for seed in seeds)) for kind in (False, True)
-    ]
+
+    def best(core: bool) -> float:
+        return min(rates, key=lambda lr: fmean(loss[lr, core, seed] for seed in seeds))
+
     rows = []
-    for lr, lr_core in [*((lr, lr) for lr in rates), tuple(best)]:
+    for lr, lr_core in [*zip(rates, rates), (best(False), best(True))]:
         gains = [loss[lr_core, True, seed] - loss[lr, False, seed] for seed in seeds]
         rows.append({"lr": lr, "lr_core": lr_core, "difference": fmean(gains), "interval": t_interval(gains)})
     return rows

@@ -1,34 +1,33 @@
-"""What a summary must look like, and where published ones lie.
-
-``summary.schema.json`` (JSON Schema 2020-12) fixes the shape; :func:`validate` adds what a schema cannot say.
-"""
+"""Published summaries: where they lie, and whether one is whole and adds up."""
 
 import csv
-import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from dmsae_lib.report.claims import CLAIMS
+from dmsae_lib.report.reviewers import QUESTIONS
+from dmsae_lib.report.shape import Summary
 from dmsae_lib.store.artifacts import ArtifactError, UserError, load
 
 Row = dict[str, Any]
 
 
-@cache
-def schema() -> Row:
-    return json.loads(Path(__file__).with_name("summary.schema.json").read_text(encoding="utf-8"))
-
-
 def validate(summary: Row) -> None:
-    """Check a summary against the schema, and that cycles are complete and origins and L0 add up.
+    """Check a summary's shape, that nothing is missing, and that origins and L0 add up.
 
     Raises UserError, one sentence with the place in the file.
     """
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-
-    if error := best_match(Draft202012Validator(schema()).iter_errors(summary)):
-        raise UserError(f"summary.json does not follow its schema at {error.json_path}: {error.message}.")
+    try:
+        Summary.model_validate(summary)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"summary.json does not follow its schema at {place}: {first['msg']}.") from error
+    for place, names in (("claims", CLAIMS), ("reviewers", QUESTIONS)):
+        if odd := names.keys() ^ summary[place].keys():
+            raise UserError(f"summary.json, {place}: {', '.join(sorted(odd))} is missing or unknown.")
     last = summary["sizes"]["n_cycles"]
     chains = {"cycles": summary["cycles"]}
     chains |= {f"chains.{name}": chain["cycles"] for name, chain in summary["chains"].items()}
@@ -37,17 +36,16 @@ def validate(summary: Row) -> None:
             raise UserError(f"summary.json, {place}: there must be one row per cycle, 0 to {last}.")
         for row in rows:
             if sum(row["origins"].values()) != row["core_out"]:
-                raise UserError(
-                    f"summary.json, {place}: origins do not add up to core_out in cycle {row['cycle']}."
-                )
+                where = f"in cycle {row['cycle']}"
+                raise UserError(f"summary.json, {place}: origins do not add up to core_out {where}.")
     keys = [(row["chain"], row["k"], row["arm"], row["seed"]) for row in summary["retrain"]]
     if len(set(keys)) < len(keys):
         raise UserError("summary.json, retrain: two rows have the same chain, k, arm and seed.")
     for row in [row for rows in [*chains.values(), summary["retrain"]] for row in rows]:
-        core, rest, total = (row["L0"][part] for part in ("core", "free", "total"))
-        if abs(core + rest - total) > 0.01 * max(1.0, total):
+        core, free, total = (row["L0"][part] for part in ("core", "free", "total"))
+        if abs(core + free - total) > 0.01 * max(1.0, total):
             raise UserError(
-                f"summary.json: the L0 total {total} is not the sum of core {core} and free {rest}."
+                f"summary.json: the L0 total {total} is not the sum of core {core} and free {free}."
             )
 
 

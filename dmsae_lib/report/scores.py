@@ -1,4 +1,4 @@
-"""SAEBench in the summary: each SAE's numbers, which evals ran and why the others did not, and DMSAE minus
+"""SAEBench in the summary: each SAE's numbers, which evals ran and why the others did not, DMSAE minus
 baseline.
 
 Two kinds of error bars are kept apart. *Training seeds*: every SAE scored with the first evaluation seed, the
@@ -39,21 +39,15 @@ HEADLINES: dict[str, tuple[str, int]] = {
     "autointerp.autointerp_score": ("automated interpretability", 1),
     "unlearning.unlearning_score": ("unlearning", 1),
 }
-
-
-WITH_OUTLIERS = (
-    "core",
-    "core_hub",
-)  # sae_bench's core eval knows which token an id is, not how large its residual
+# sae_bench's core eval knows which token an id is, not how large its residual
+WITH_OUTLIERS = ("core", "core_hub")
 OF_CORE = ("ce_loss_score", "explained_variance_legacy")
 
 
 def numbers(name: str, result: Row) -> dict[str, float | None]:
     """The metrics of one eval; those that are not part of ``make reproduce`` carry the eval's name."""
-    return {
-        metric if name in REPRODUCED else f"{name}.{metric}": value
-        for metric, value in result["metrics"].items()
-    }
+    prefix = "" if name in REPRODUCED else f"{name}."
+    return {f"{prefix}{metric}": value for metric, value in result["metrics"].items()}
 
 
 def by_sae(results: Results) -> dict[tuple[int, str, int], Row]:
@@ -71,11 +65,8 @@ def score_rows(results: Results) -> list[Row]:
     it can be run."""
     found = []
     for task, result in results.items():
-        values = result["metrics"] | {
-            f"probe_f1.{letter}": f1 for letter, f1 in result.get("probe_f1", {}).items()
-        }
-        if "not_run" in result:
-            values["not_run"] = result["not_run"]
+        values = result["metrics"] | {f"probe_f1.{of}": f1 for of, f1 in result.get("probe_f1", {}).items()}
+        values |= {"not_run": result["not_run"]} if "not_run" in result else {}
         found += [task._asdict() | {"metric": metric, "value": value} for metric, value in values.items()]
     return found
 
@@ -87,25 +78,25 @@ def eval_rows(results: Results, asked: Iterable[str], outliers: float) -> dict[s
     """
     asked, found = set(asked), {}
     for name, row in EVALS.items():
-        mine = [result for task, result in results.items() if task.name == name]
-        ran = [result for result in mine if "not_run" not in result]
-        reasons = [result["not_run"] for result in mine if "not_run" in result]
+        mine = [result.get("not_run") for task, result in results.items() if task.name == name]
+        ran = mine.count(None)
         if not mine:
-            reasons = [
-                "`make saebench` was not run" if name in asked else "the configuration does not ask for it"
-            ]
-        doubt = (
-            f"counts the outliers, {outliers:.2%} of the tokens"
-            if name in WITH_OUTLIERS and outliers
-            else row.doubt
-        )
-        found[name] = {
-            "needs": row.needs,
-            "doubt": doubt,
-            "scores": len(ran),
-            "not_run": None if ran else reasons[0],
-        }
+            left = "`make saebench` was not run" if name in asked else "the configuration does not ask for it"
+            mine = [left]
+        counted = name in WITH_OUTLIERS and outliers
+        doubt = f"counts the outliers, {outliers:.2%} of the tokens" if counted else row.doubt
+        found[name] = {"needs": row.needs, "doubt": doubt, "scores": ran, "not_run": None if ran else mine[0]}
     return found
+
+
+def _sign(interval: list[float] | None) -> str:
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return "?"
+    return "+" if interval[0] > 0 else "-"
+
+
+def _mean(gains: list[float]) -> Row:
+    return {"value": sum(gains) / len(gains), "interval": t_interval(gains), "n": len(gains)}
 
 
 def differences(rows: list[Row], results: Results, outliers: float) -> list[Row]:
@@ -120,30 +111,11 @@ def differences(rows: list[Row], results: Results, outliers: float) -> list[Row]
         name = metric.partition(".")[0]
         doubted = name in EVALS and bool(EVALS[name].doubt) or metric in OF_CORE and outliers > 0
         for k in sorted({row["k"] for row in rows}):
-            gains = list(advantage(rows, "distilled", k, metric).values())
-            if gains:
-                interval = t_interval(gains)
-                sign = (
-                    "?"
-                    if interval is None or interval[0] <= 0 <= interval[1]
-                    else "+"
-                    if interval[0] > 0
-                    else "-"
-                )
-                found.append(
-                    {
-                        "metric": metric,
-                        "label": label,
-                        "better": better,
-                        "doubted": doubted,
-                        "k": k,
-                        "value": sum(gains) / len(gains),
-                        "interval": interval,
-                        "n": len(gains),
-                        "sign": sign,
-                        "evaluation": _over_draws(metric, k, results),
-                    }
-                )
+            if gains := list(advantage(rows, "distilled", k, metric).values()):
+                row = {"metric": metric, "label": label, "better": better, "doubted": doubted, "k": k}
+                row |= _mean(gains)
+                evaluation = _over_draws(metric, k, results)
+                found.append(row | {"sign": _sign(row["interval"]), "evaluation": evaluation})
     return found
 
 
@@ -154,9 +126,5 @@ def _over_draws(metric: str, k: int, results: Results) -> Row | None:
         value = numbers(task.name, result).get(metric)
         if (task.k, task.seed) == (k, first) and value is not None:
             pairs.setdefault(task.eval_seed, {})[task.arm] = value
-    gains = [
-        pair["distilled"] - pair["none"] for pair in pairs.values() if {"distilled", "none"} <= pair.keys()
-    ]
-    if len(gains) < 2:
-        return None
-    return {"value": sum(gains) / len(gains), "interval": t_interval(gains), "n": len(gains)}
+    both = [pair for pair in pairs.values() if {"distilled", "none"} <= pair.keys()]
+    return _mean([pair["distilled"] - pair["none"] for pair in both]) if len(both) > 1 else None

@@ -4,7 +4,7 @@ which."""
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from dmsae_lib.report.claims import judged_chains
+from dmsae_lib.config.sections import CoreSettings
 from dmsae_lib.report.equal_l0 import CHAIN, SEED, per_unit
 
 Row = dict[str, Any]
@@ -30,12 +30,8 @@ ARMS: dict[str, Look] = {
 }
 # core_sparsity: the core is exempt from selection, or competes for k
 KINDS = {"relu": "ReLU", "batchtopk": "equal-L0"}
-OTHER_KINDS = (
-    ("#5c3317", "8"),
-    ("#b3a125", "h"),
-    ("#7f7f7f", "*"),
-    ("#3b5323", "H"),
-)  # beside the main chain's
+# beside the main chain's
+OTHER_KINDS = (("#5c3317", "8"), ("#b3a125", "h"), ("#7f7f7f", "*"), ("#3b5323", "H"))
 
 
 class Kind(NamedTuple):
@@ -48,6 +44,16 @@ class Kind(NamedTuple):
     rows: list[Row]  # retrained with their cores
 
 
+def replicates(summary: Row) -> dict[str, list[Row]]:
+    """{chain: its cycle rows}: the main chain, and those that differ from it in their seed alone, as
+    ``RunConfig.replicates`` has them (which lets no chain be there twice)."""
+    own = {name: summary["sizes"][name] for name in CoreSettings.model_fields}
+    alike = {
+        name: chain["cycles"] for name, chain in summary["chains"].items() if own.items() <= chain.items()
+    }
+    return {"main": summary["cycles"]} | alike
+
+
 def kind_name(settings: Row) -> str:
     """A chain's core settings in a word, and how they differ from the usual ones of that word."""
     sparsity, decoder = settings["core_sparsity"], settings["core_decoder_init"]
@@ -57,15 +63,16 @@ def kind_name(settings: Row) -> str:
 
 
 def kinds(summary: Row) -> list[Kind]:
-    """The main chain with its replicates (its core settings, other seeds), then every other kind of core."""
-    chains = {kind_name(summary["sizes"]): judged_chains(summary)}
+    """The main chain with its replicates, then every other kind of core."""
+    chains = {kind_name(summary["sizes"]): replicates(summary)}
     own = next(iter(chains))
     for name, chain in summary["chains"].items():
         if kind_name(chain) != own:
             chains.setdefault(kind_name(chain), {})[name] = chain["cycles"]
+    looks = (ARMS["distilled"][1:], *OTHER_KINDS)
     return [
         Kind(name, *look, mine, [row for row in summary["retrain"] if row["chain"] in mine])
-        for (name, mine), look in zip(chains.items(), (ARMS["distilled"][1:], *OTHER_KINDS))
+        for (name, mine), look in zip(chains.items(), looks)
     ]
 
 
@@ -79,19 +86,12 @@ def lines(
     """What there is of each arm over the main chain and its replicates; then DMSAEs with each other kind of
     core."""
     main, *others = kinds(summary)
-    found = [
-        ((label(arm, summary), *ARMS[arm][1:]), [row for row in main.rows if row["arm"] == arm])
-        for arm in arms
-    ]
-    found += [
-        (
-            (ARMS["distilled"][0].format(kind=kind.name), kind.colour, kind.marker),
-            [row for row in kind.rows if row["arm"] == "distilled"],
-        )
-        for kind in others
-    ]
-    found = [(look, [row for row in rows if wanted(row)]) for look, rows in found]
-    return [(look, rows) for look, rows in found if rows]
+    found = [((label(arm, summary), *ARMS[arm][1:]), arm, main.rows) for arm in arms]
+    for kind in others:
+        look = (ARMS["distilled"][0].format(kind=kind.name), kind.colour, kind.marker)
+        found.append((look, "distilled", kind.rows))
+    drawn = [(look, [row for row in rows if row["arm"] == arm and wanted(row)]) for look, arm, rows in found]
+    return [(look, rows) for look, rows in drawn if rows]
 
 
 def by_k(rows: Iterable[Row]) -> dict[int, list[Row]]:

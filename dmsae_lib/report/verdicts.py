@@ -2,8 +2,8 @@
 
 A *part* sets the mean of one value per independent unit against a bound:
 
-    holds            the 95 % interval lies on the claimed side: above the bound, below it, or within +- the
-    bound does not hold    it lies on the other side, with a p value that is corrected for the number of parts
+    holds            the 95 % interval lies on the claimed side: above the bound, below it, or within +- it
+    does not hold    it lies on the other side, with a p value that is corrected for the number of parts
     not decidable    anything else; fewer than two values, or values without any spread, decide nothing
 
 A claim holds if every deciding part holds. That needs no correction: it is an intersection-union test, whose
@@ -27,17 +27,13 @@ NO_SPREAD = 1e-9  # values that differ by less are copies of one: only rounding 
 
 
 def _error(values: list[float]) -> float | None:
-    """Squared standard error of the mean; None where it says nothing: below two values, or without any
-    spread."""
-    return (
-        variance(values) / len(values) if len(values) > 1 and max(values) - min(values) > NO_SPREAD else None
-    )
+    """Squared standard error of the mean; None where it says nothing: fewer than two values, or copies."""
+    spread = len(values) > 1 and max(values) - min(values) > NO_SPREAD
+    return variance(values) / len(values) if spread else None
 
 
 def _interval(mean: float, squared_error: float, df: float) -> list[float]:
-    from scipy.special import (
-        stdtrit,
-    )  # Student's t quantile; scipy.stats would take four times as long to import
+    from scipy.special import stdtrit  # Student's t; scipy.stats would take four times as long to import
 
     half = float(stdtrit(df, 0.5 + CONFIDENCE / 2)) * math.sqrt(squared_error)
     return [mean - half, mean + half]
@@ -67,25 +63,13 @@ def part(
     if error is not None:
         nearest = math.copysign(bound, mean) if side == "within" else bound
         p = 2 * float(stdtr(len(values) - 1, -abs(mean - nearest) / math.sqrt(error)))
-    return {
-        "part": name,
-        "k": k,
-        "value": mean,
-        "interval": t_interval(values),
-        "p": p,
-        "n": len(values),
-        "bound": bound,
-        "side": side,
-        "test": "t",
-        "verdict": OPEN,
-        "decides": decides,
-    }
+    found = {"part": name, "k": k, "value": mean, "interval": t_interval(values), "p": p, "n": len(values)}
+    return found | {"bound": bound, "side": side, "test": "t", "verdict": OPEN, "decides": decides}
 
 
 def permutation_p(a: list[float], b: list[float]) -> tuple[float, float]:
     """One-sided p of "a above b" and of "a below b": the share of all relabellings of the pooled values whose
-    difference of means is at least as large, or as small, as the one seen. Exact; the smallest p is one over
-    the number of relabellings."""
+    difference of means is at least as large, or as small. Exact; the smallest is 1 / their number."""
     sums = [sum(group) for group in combinations([*a, *b], len(a))]
     return fmean(s >= sum(a) - NO_SPREAD for s in sums), fmean(s <= sum(a) + NO_SPREAD for s in sums)
 
@@ -107,8 +91,7 @@ def group_part(name: str, a: Iterable[float], b: Iterable[float], decides: bool 
 
 
 def pseudo_values(pairs: Mapping[tuple[str, str], float]) -> list[float]:
-    """Jackknife pseudo-values, one per unit, of the mean over all pairs of units: n U - (n - 1) U without the
-    unit.
+    """Jackknife pseudo-values, one per unit, of the mean U over pairs of units: n U - (n - 1) U without it.
 
     Pairs share units, so they are not independent; the pseudo-values nearly are, and have the same mean
     (Arvesen 1969, for U-statistics). Below three units there is only that mean.

@@ -8,7 +8,8 @@ import pytest
 from dmsae_lib.report import scores
 from dmsae_lib.report.agreement import compare
 from dmsae_lib.report.results import validate
-from dmsae_lib.report.summary import Stages, summarise, write_summary
+from dmsae_lib.report.stages import Stages
+from dmsae_lib.report.summary import summarise, write_summary
 from dmsae_lib.report.verdicts import FAILS
 from dmsae_lib.saebench import EVALS, Task
 

@@ -12,7 +12,8 @@ import pytest
 from dmsae_lib.config.sections import ARMS, CONTROLS, LONGER, Chain
 from dmsae_lib.report.layout import laid_out, readable
 from dmsae_lib.report.results import Results, validate
-from dmsae_lib.report.summary import Stages, summarise, write_summary
+from dmsae_lib.report.stages import Stages
+from dmsae_lib.report.summary import summarise, write_summary
 from dmsae_lib.saebench import Task
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import ArtifactError, UserError, load, write
@@ -261,7 +262,7 @@ def spoilt(path, value=None):
         (spoilt("claims.C1.verdict", "true"), "verdict"),
         (spoilt("cycles.0.L0.noncore", 3), "noncore"),
         (spoilt("cycles.3"), "one row per cycle, 0 to 7"),
-        (spoilt("cycles.2.origins.0", 1), "core_out in cycle 2"),
+        (spoilt("cycles.2.origins", {"0": 1}), "core_out in cycle 2"),
         (spoilt("retrain.0.arm", "destilled"), "destilled"),
         (spoilt("retrain.0.seed", 1), "same chain, k, arm and seed"),
         (spoilt("retrain.0.L0.total", 10.0), "not the sum"),
@@ -269,6 +270,9 @@ def spoilt(path, value=None):
         (spoilt("reviewers.R4"), "R4"),
         (spoilt("claims.C4.interval", [0.1]), "interval"),
         (spoilt("sizes.n_cycles", 0), "n_cycles"),
+        (spoilt("cycles.1.fvu.full"), "cycles.1.fvu: .*lacks 'full'"),
+        (spoilt("cycles.1.L0.free"), "cycles.1.L0"),
+        (spoilt("sizes.aggregator", "mode"), "sizes.aggregator"),
     ],
 )
 def test_schema_refuses(summary, spoil, message):
