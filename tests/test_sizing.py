@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import factory
 import pytest
 import torch
-import toy_sae
+from builders import sae as toy_sae
 from builders.models import save_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM

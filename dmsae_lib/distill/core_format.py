@@ -1,9 +1,9 @@
 """The core as a format: two files that carry a distilled core out of its run, for anybody's training.
 
-``core.safetensors`` holds one tensor, ``W_enc`` (d_in, size) float32: the encoder's core columns, for
-activations that were divided by ``normaliser.scale`` (so that mean ||x||^2 = 1). ``core.json`` is a
-:class:`CoreRecord`, which says what they are; ``core.schema.json`` beside this module is its JSON schema. All
-hashes are sha256 in hexadecimal.
+``core.safetensors`` holds one tensor, ``W_enc`` (d_in, size) float32: encoder columns of the core, for
+activations that were divided by ``normaliser.scale`` (so that mean ||x||^2 = 1). ``core.json`` says what they
+are: a :class:`dmsae_lib.distill.core_record.CoreRecord`, whose JSON schema is beside it in
+``core.schema.json``.
 
 To train with a core: put W_enc's columns first in the encoder and never change them; initialise everything
 else (their decoder rows and biases too); leave the core out of the selection by sparsity, unless
@@ -13,113 +13,27 @@ else (their decoder rows and biases too); leave the core out of the selection by
 import hashlib
 import re
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 import dmsae_lib
 from dmsae_lib.config.run import Run
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.data.model_folder import model_hash, resolve
-from dmsae_lib.distill.core import STRICT, Core, Count, Latent, final_core, read_core
+from dmsae_lib.distill.core import Core, Latent, final_core, read_core
+from dmsae_lib.distill.core_record import FORMAT, SCHEMA_VERSION, CoreRecord, Distilled, ModelEntry, Parents
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import ArtifactError, UserError, sealed, sha256_file, unseal
 from dmsae_lib.store.atomic import json_text, write_bytes
 
-FORMAT, SCHEMA_VERSION = "dmsae-core", 1
 FILES = ("core.safetensors", "core.json")  # in the order of writing: the second vouches for the first
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 AGAIN = "get it again, or write it again with `make core`"
-
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Entry(BaseModel):
-    model_config = STRICT
-
-
-class ModelEntry(Entry):
-    """Whose activations. name: a Hub id, an embedded model's name, or the last part of a local folder's path.
-    hash: over its configuration, weight and tokenizer files."""
-
-    name: Text
-    hash: Hash
-    architecture: Text
-    n_layers: Positive
-    d_model: Positive
-
-
-class Normaliser(Entry):
-    """scale: sqrt(mean ||x||^2) of the training activations, which are divided by it."""
-
-    scale: Annotated[float, Field(gt=0)]
-
-
-class Distilled(Entry):
-    """The reading of "the final core", and the SAEs of its chain. k: average of active latents per token.
-    prefixes: cumulative sizes of the groups of free latents, the last one left out."""
-
-    cycle: Count
-    chain: Text
-    reading: Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"]
-    d_sae: Positive
-    k: Positive
-    prefixes: Annotated[list[Positive], Field(min_length=1)]
-    tokens_per_cycle: Positive
-    core_sparsity: Literal["relu", "batchtopk"]
-    core_bias_init: Text
-    core_decoder_init: Text
-
-
-class Data(Entry):
-    """The text it was distilled on: a name, and the hash of its token ids."""
-
-    source: Text
-    hash: Hash
-
-
-class Attribution(Entry):
-    """coverage: share of all candidates' score that the selected ones hold together, at least."""
-
-    aggregator: Text
-    coverage: Annotated[float, Field(gt=0, lt=1)]
-    tokens: Positive
-    candidates: Positive
-
-
-class Parents(Entry):
-    """Content hashes. core: the run's artefact, all of C(cycle). core_before: C(cycle - 1), or null."""
-
-    core: Hash
-    core_before: Hash | None
-    sae: Hash
-    attribution: Hash
-    harvest: Hash
-
-
-class CoreRecord(Entry):
-    """core.json of a distilled core. latents: in column order. files: hash of core.safetensors. hash: of the
-    canonical JSON text of all other entries, the name of the whole by its content."""
-
-    format: Literal["dmsae-core"]
-    schema_version: Literal[1]
-    made_with: Text
-    size: Positive
-    model: ModelEntry
-    hook_name: Annotated[str, Field(pattern=r"^blocks\.[0-9]+\.hook_resid_post$")]
-    normaliser: Normaliser
-    distilled: Distilled
-    data: Data
-    attribution: Attribution
-    latents: list[Latent]
-    parents: Parents
-    files: Annotated[dict[Literal["core.safetensors"], Hash], Field(min_length=1)]
-    hash: Hash
 
 
 @dataclass
@@ -175,9 +89,8 @@ def export_core(
     Args:
         folder: runs/<run>/core by default; a core that is there is replaced.
         cycle: the last by default.
-        reading: of "the final core" (core.READINGS); by default distill.final_core for the last cycle, whose
-        members
-            are retrained with, and all of C(cycle) for another.
+        reading: of "the final core" (core.READINGS). By default distill.final_core for the last cycle, whose
+            members are retrained with, and all of C(cycle) for another.
 
     Raises ArtifactError where a stage is missing or was made from something else than what lies beside it
     now, UserError where no latent fits the reading, or the folder holds other things.
@@ -189,41 +102,37 @@ def export_core(
     reading = reading or (config.distill.final_core if cycle == last else "all_of_last")
     harvest = artifacts.load(run.folder / "harvest", "harvest", "stages STAGE=harvest")
     sae, attribution, made = (run.load(cycle, part, chain) for part in ("sae", "attribution", "core"))
-    for artifact, name, parent in [
-        (sae, "harvest", harvest),
-        (attribution, "sae", sae),
-        (made, "attribution", attribution),
-    ]:
+    parents = {"core": made, "attribution": attribution, "sae": sae, "harvest": harvest}
+    for (_, artifact), (name, parent) in pairwise(parents.items()):
         if artifact.parents.get(name) != parent.hash:
             what = f"{artifact.folder} was made from another {name} than the one in {parent.folder}"
             raise ArtifactError(what, "run `make reproduce`, which makes it again")
-    found, ranked, core = harvest.json("record.json"), attribution.json("record.json"), read_core(made)
+    found, ranking, core = harvest.json("record.json"), attribution.json("record.json"), read_core(made)
     core = final_core(core, reading)
-    tensors = save({"W_enc": core.W_enc.contiguous()})
-    model, distill, hashes = found["model"], config.distill, {"core": made.hash, "core_before": core.parent}
+    tensors = save({"W_enc": core.W_enc})
+    model, data, distill, training = found["model"], found["data"], config.distill, config.training
     distilled = {
         "cycle": cycle,
         "chain": chain,
         "reading": reading,
-        "d_sae": config.sae.d_sae,
-        "k": config.training.k,
+        "tokens_per_cycle": config.data.train_tokens,
     }
-    distilled |= {"prefixes": config.sae.prefixes, "tokens_per_cycle": config.data.train_tokens}
+    distilled |= {"k": training.k} | config.sae.model_dump() | training.core_settings()
+    hashes = {"core_before": core.parent} | {name: artifact.hash for name, artifact in parents.items()}
+    ranked = {name: ranking[name] for name in ("tokens", "candidates")}
     record = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "made_with": f"dmsae_lib {dmsae_lib.__version__}",
         "size": len(core),
-        "model": {name: model[name] for name in ModelEntry.model_fields}
-        | {"name": _without_path(model["name"])},
+        "model": {n: model[n] for n in ModelEntry.model_fields} | {"name": _without_path(model["name"])},
         "hook_name": model["hook_name"],
         "normaliser": {"scale": found["scale"]},
-        "distilled": distilled | config.training.core_settings(),
-        "data": {"source": _without_path(found["data"]["source"]), "hash": found["data"]["hash"]},
-        "attribution": {"aggregator": distill.aggregator, "coverage": distill.coverage}
-        | {name: ranked[name] for name in ("tokens", "candidates")},
+        "distilled": {name: distilled[name] for name in Distilled.model_fields},
+        "data": {"source": _without_path(data["source"]), "hash": data["hash"]},
+        "attribution": {"aggregator": distill.aggregator, "coverage": distill.coverage} | ranked,
         "latents": [asdict(latent) for latent in core.latents],
-        "parents": hashes | {"sae": sae.hash, "attribution": attribution.hash, "harvest": harvest.hash},
+        "parents": {name: hashes[name] for name in Parents.model_fields},
         "files": {FILES[0]: hashlib.sha256(tensors).hexdigest()},
     }
     folder, record = Path(folder or run.folder / "core"), sealed(record)
@@ -251,8 +160,7 @@ def load_core(
 
     Args:
         model: what you mean to use it with, where that is to be checked: an open model, an embedded name or a
-        folder by
-            the content of their files, a Hub id by its name.
+            folder by the content of their files, a Hub id by its name.
         hook_name: likewise; an open model's own hook by default.
 
     Without network, or with HF_HUB_OFFLINE=1, a repository is taken from the Hub cache. Raises UserError, one

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel, lowered
-from dmsae_lib.sae.model import MatryoshkaSAE
+from dmsae_lib.sae.model import FoldedSAE
 
 BEFORE, AFTER = 12, 4  # tokens of context shown around the strongest activation
 
 
 @torch.no_grad()
 def top_contexts(
-    sae: MatryoshkaSAE, model: LanguageModel, contexts: Contexts, latents: list[int], n: int = 3
+    sae: FoldedSAE, model: LanguageModel, contexts: Contexts, latents: list[int], n: int = 3
 ) -> list[list[dict[str, Any]]]:
     """For each latent its ``n`` strongest activations, at most one per context: {activation, before, token,
     after}."""

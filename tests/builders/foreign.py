@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tiny_sae import random
+from builders.sae import random
 
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.interop.saelens import build

@@ -9,15 +9,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_core
 import torch
+from builders import tiny_core
 from builders.models import save_model
-from tiny_core import rewrite
+from builders.tiny_core import rewrite
 
 from dmsae_lib.config.run import Run
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.distill.controls import open_arms
-from dmsae_lib.distill.core_format import CoreRecord, export_core, load_core
+from dmsae_lib.distill.core_format import export_core, load_core
+from dmsae_lib.distill.core_record import CoreRecord
 from dmsae_lib.sae.model import MatryoshkaSAE
 from dmsae_lib.sae.training import Trainer
 from dmsae_lib.store.artifacts import ArtifactError, UserError, load, repository_root, write

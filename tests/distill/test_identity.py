@@ -5,13 +5,10 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from builders.sae import random
 from scipy.linalg import subspace_angles
 
 from dmsae_lib.distill.identity import compared, correlations, matched, span_overlap
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_matching_is_the_best_of_all():

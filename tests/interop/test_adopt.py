@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders.foreign import foreign_sae
-from tiny_sae import residuals, write_run
+from builders.tiny_sae import residuals, write_run
 
 from dmsae_lib.config.sections import DistillConfig
 from dmsae_lib.distill import adopt as adopt_module

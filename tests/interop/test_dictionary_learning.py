@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders.sae import random
+from builders.tiny_sae import CORE, D_SAE, KINDS, PREFIXES, K, residuals, write_run
 from safetensors.torch import load_file, save_file
-from tiny_sae import CORE, D_SAE, KINDS, PREFIXES, K, random, residuals, write_run
 from torch.testing import assert_close
 
 from dmsae_lib.interop import export_dictionary_learning, export_saelens, load_foreign

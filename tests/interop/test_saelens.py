@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from builders.foreign import foreign_sae, known_to
-from tiny_sae import CORE, D_SAE, KINDS, PREFIXES, K, residuals, write_run
+from builders.tiny_sae import CORE, D_SAE, KINDS, PREFIXES, K, residuals, write_run
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -13,11 +13,11 @@ from statistics import mean
 import factory
 import jinja2
 import pytest
-import tiny_core
 import torch
+from builders import tiny_core
 from builders.hub import hub
+from builders.tiny_core import rewrite
 from huggingface_hub import ModelCard
-from tiny_core import rewrite
 
 from dmsae_lib.config.run import Run
 from dmsae_lib.distill.core_format import export_core, load_core

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders.sae import CORE, D_SAE, batch, config, gradients, make_sae
 from reference import TRAINED, reference_gradients
 from torch import Tensor
-from toy_sae import CORE, D_SAE, batch, config, gradients, make_sae
 
 from dmsae_lib.config import load_config
 from dmsae_lib.data.contexts import Contexts

@@ -3,8 +3,8 @@ made ahead."""
 
 import pytest
 import torch
+from builders.sae import BATCH, config, make_sae
 from test_training import assert_bit_equal, source
-from toy_sae import BATCH, config, make_sae
 
 from dmsae_lib.data.prefetch import prefetched
 from dmsae_lib.sae.training import Trainer, train_saes

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from builders.sae import random
 from scipy.optimize import minimize
 
 from dmsae_lib.sae.model import MatryoshkaSAE, geometric_median, load_folded, load_trained, save_sae
@@ -11,10 +12,6 @@ from dmsae_lib.store.artifacts import UserError, load, write
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 D_IN, D_SAE, CORE, PREFIXES = 12, 40, 5, (6, 17)
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_sae(core: int = CORE, core_sparsity: str = "relu", threshold: float = 0.6) -> MatryoshkaSAE:

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from builders.sae import BATCH, CORE, D_IN, D_SAE, PREFIXES, K, batch, config, gradients, make_sae
 from reference import TRAINED, reference_gradients
 from torch import Tensor
-from toy_sae import BATCH, CORE, D_IN, D_SAE, PREFIXES, K, batch, config, gradients, make_sae
 
 from dmsae_lib.sae.entries import SPARSE_BELOW
 from dmsae_lib.sae.model import MatryoshkaSAE

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from builders.sae import BATCH, CORE, D_IN, D_SAE, K, batch, config, make_sae
 from reference import TRAINED, reference_gradients
 from torch import Tensor
-from toy_sae import BATCH, CORE, D_IN, D_SAE, K, batch, config, make_sae
 
 from dmsae_lib.sae.training import Trainer, learning_rate, match_frequency, train_saes
 from dmsae_lib.store.artifacts import UserError

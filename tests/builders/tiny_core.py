@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from builders.sae import random
 from safetensors.torch import save
 
 from dmsae_lib.config import RunConfig
@@ -17,10 +18,6 @@ from dmsae_lib.store.artifacts import load, sealed, write
 from dmsae_lib.store.atomic import json_text
 
 D_SAE, PREFIXES, SCALE, CYCLES = 48, (8, 20), 7.25, 2
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def build_run(root: Path, model: LanguageModel, **training: str) -> Run:

@@ -4,6 +4,7 @@ needs."""
 from pathlib import Path
 
 import torch
+from builders.sae import make_sae
 from torch import Tensor
 
 from dmsae_lib.data.language_model import LanguageModel, describe
@@ -15,10 +16,6 @@ D_SAE, PREFIXES, CORE, K = 96, (12, 40), 6, 9
 KINDS = [(CORE, "relu"), (CORE, "batchtopk"), (0, "relu"), (0, "batchtopk")]
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def residuals(model: LanguageModel, rows: int = 32, seed: int = 0) -> Tensor:
     """(n, d_in), BOS left out."""
     tokens = torch.randint(
@@ -28,15 +25,9 @@ def residuals(model: LanguageModel, rows: int = 32, seed: int = 0) -> Tensor:
     return model.lower(tokens)[:, 1:].flatten(0, 1)
 
 
-def make_sae(d_in: int, x: Tensor, core: int = CORE, core_sparsity: str = "relu") -> MatryoshkaSAE:
-    """No weight is zero or twice the same; decoder rows have norm 1; the threshold lets about one latent in
-    ten pass on ``x``, which is normalised."""
-    rows = torch.nn.functional.normalize(random(core, d_in, seed=1), dim=1) if core else None
-    sae = MatryoshkaSAE(d_in, D_SAE, PREFIXES, rows, core_sparsity).requires_grad_(False)
-    sae.initialise(torch.Generator().manual_seed(0), x)
-    for seed, parameter in enumerate(sae.parameters(), start=2):
-        parameter += 0.1 * random(*parameter.shape, seed=seed)
-    sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_dec, dim=1))
+def with_threshold(x: Tensor, core: int = CORE, core_sparsity: str = "relu") -> MatryoshkaSAE:
+    """Of random weights; the threshold lets about one latent in ten pass on ``x``, which is normalised."""
+    sae = make_sae(core, core_sparsity, PREFIXES, D_SAE, x).requires_grad_(False)
     sae.threshold.fill_(float(sae.pre_activations(x).quantile(0.9)))
     sae.threshold_ema.copy_(sae.threshold)
     return sae
@@ -50,10 +41,10 @@ def write_run(
     sae: MatryoshkaSAE | None = None,
     scale: float | None = None,
 ) -> Artifact:
-    """The artefact of ``sae`` (default: :func:`make_sae`) inside a run."""
+    """The artefact of ``sae`` (default: :func:`with_threshold`) inside a run."""
     x = residuals(model)
     scale = scale or float(x.square().sum(1).mean().sqrt())
-    sae = sae or make_sae(model.d_model, x / scale, core, core_sparsity)
+    sae = sae or with_threshold(x / scale, core, core_sparsity)
     with write(folder / "harvest", "harvest") as writer:
         writer.json("record.json", {"scale": scale, "model": describe(model), "data": {"source": "random"}})
     harvest = load(folder / "harvest", "harvest")
