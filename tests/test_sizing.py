@@ -5,9 +5,9 @@ import json
 import struct
 from types import SimpleNamespace
 
-import factory
 import pytest
 import torch
+from builders import factory
 from builders import sae as toy_sae
 from builders.models import save_model
 from torch.utils.flop_counter import FlopCounterMode

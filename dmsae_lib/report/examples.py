@@ -25,33 +25,26 @@ def top_contexts(
         strongest = f.max(dim=1)  # (rows, latents)
         values.append(strongest.values.cpu())
         positions.append(strongest.indices.cpu())
-    value, position = torch.cat(values), torch.cat(positions)
-    best = value.topk(min(n, len(value)), dim=0)
+    position = torch.cat(positions)
+    best, where = torch.cat(values).topk(min(n, len(position)), dim=0)
     found = []
     for j in range(len(latents)):
-        rows = [
-            (float(v), int(r), int(position[int(r), j]))
-            for v, r in zip(best.values[:, j], best.indices[:, j])
-            if v > 0
-        ]
-        found.append([_snippet(model, contexts, *row) for row in rows])
+        ranked = zip(best[:, j].tolist(), where[:, j].tolist())
+        found.append([_snippet(model, contexts, v, r, int(position[r, j])) for v, r in ranked if v > 0])
     return found
 
 
 def _snippet(model: LanguageModel, contexts: Contexts, value: float, row: int, at: int) -> dict[str, Any]:
     tokens = contexts.tokens[row, : int(contexts.lengths[row])].tolist()
     # stay inside the document
-    boundary = max((i + 1 for i in range(at) if tokens[i] == model.bos), default=0)
+    start = max((i + 1 for i in range(at) if tokens[i] == model.bos), default=0)
     stop = next((i for i in range(at + 1, len(tokens)) if tokens[i] == model.bos), len(tokens))
-    text = [
-        model.tokenizer.decode(part)
-        for part in (
-            tokens[max(boundary, at - BEFORE) : at],
-            tokens[at : at + 1],
-            tokens[at + 1 : min(stop, at + 1 + AFTER)],
-        )
-    ]
-    return {"activation": value, "before": text[0], "token": text[1], "after": text[2]}
+    parts = {
+        "before": tokens[max(start, at - BEFORE) : at],
+        "token": tokens[at : at + 1],
+        "after": tokens[at + 1 : min(stop, at + 1 + AFTER)],
+    }
+    return {"activation": value} | {name: model.tokenizer.decode(part) for name, part in parts.items()}
 
 
 @torch.no_grad()
@@ -66,23 +59,18 @@ def logit_effects(directions: Tensor, model: LanguageModel, n: int = 6) -> list[
     effects = (directions.to(model.device) * gain) @ model.bridge.W_U.float()
     effects = effects - effects.mean(dim=1, keepdim=True)
 
-    def words(order: Tensor) -> list[str]:
-        return [model.tokenizer.decode([int(token)]) for token in order]
+    def words(scores: Tensor) -> list[str]:
+        return [model.tokenizer.decode([token]) for token in scores.topk(n).indices.tolist()]
 
-    return [
-        {"raises": words(row.topk(n).indices), "lowers": words((-row).topk(n).indices)} for row in effects
-    ]
+    return [{"raises": words(row), "lowers": words(-row)} for row in effects]
 
 
 def as_cell(text: str) -> str:
     """``text`` as it is in a cell of a Markdown table, whatever the tokens hold; what cannot be printed is
     marked."""
-    text = "".join(
-        char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text
-    )
-    return (
-        text.replace("|", "\\|").replace("\n", "⏎").replace("`", "'").replace("*", "\\*").replace("<", "&lt;")
-    )
+    unseen = "\N{REPLACEMENT CHARACTER}"
+    shown = "".join(char if char.isprintable() or char == "\n" else unseen for char in text)
+    return shown.translate(str.maketrans({"|": "\\|", "\n": "⏎", "`": "'", "*": "\\*", "<": "&lt;"}))
 
 
 def marked(context: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import shutil
 from itertools import combinations
 from pathlib import Path
 
-import factory
+from builders import factory
 
 from dmsae_lib.config.sections import CONTROLS, Chain
 from dmsae_lib.report.results import Results

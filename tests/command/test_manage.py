@@ -9,8 +9,8 @@ import subprocess
 from multiprocessing import get_context
 from pathlib import Path
 
-import factory
 import pytest
+from builders import factory
 from builders.clone import write_notebook
 
 from dmsae_lib.command import manage

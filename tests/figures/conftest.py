@@ -1,7 +1,7 @@
 """Published results that the figures are drawn from."""
 
-import factory
 import pytest
+from builders import factory
 from builders.published import identity, published, several_chains
 
 

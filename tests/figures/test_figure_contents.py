@@ -3,8 +3,8 @@
 import shutil
 from statistics import fmean
 
-import factory
 import pytest
+from builders import factory
 from builders.published import REPLICATES, identity, published
 
 from dmsae_lib.config.sections import CONTROLS

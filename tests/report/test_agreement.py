@@ -4,8 +4,8 @@ import copy
 import math
 import random
 
-import factory
 import pytest
+from builders import factory
 from scipy import stats
 
 from dmsae_lib.config.sections import Chain

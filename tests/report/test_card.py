@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-import factory
 import jinja2
 import pytest
 import torch
-from builders import tiny_core
+from builders import factory, tiny_core
 from builders.hub import hub
 from builders.tiny_core import rewrite
 from huggingface_hub import ModelCard

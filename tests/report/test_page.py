@@ -6,8 +6,8 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
-import factory
 import pytest
+from builders import factory
 
 from dmsae_lib.config.sections import CONTROLS, UNFROZEN, Chain
 from dmsae_lib.report.equal_l0 import advantage

@@ -2,8 +2,8 @@
 
 import csv
 
-import factory
 import pytest
+from builders import factory
 
 from dmsae_lib.report import scores
 from dmsae_lib.report.agreement import compare

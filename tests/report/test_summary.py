@@ -6,8 +6,8 @@ import itertools
 import json
 import shutil
 
-import factory
 import pytest
+from builders import factory
 
 from dmsae_lib.config.sections import ARMS, CONTROLS, LONGER, Chain
 from dmsae_lib.report.layout import laid_out, readable

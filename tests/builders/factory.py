@@ -59,23 +59,17 @@ NO_CORE = ("none", *UNFROZEN, *LONGER)
 
 
 def config(cycles: int = 7, ks=(24, 32, 48, 64, 80, 96), seeds=(0, 1, 2), controls=CONTROLS) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "name": "synthetic",
-            "model": {"name": "toy", "hook_name": "blocks.1.hook_resid_post", "context_size": 128},
-            "data": {
-                "source": "embedded",
-                "train_tokens": 300_000,
-                "select_tokens": 1000,
-                "test_tokens": 1000,
-                "fresh_factor": cycles + 1,
-            },
-            "sae": {"d_sae": 1024, "prefixes": [M_0, 96, 224, 480]},
-            "training": {"k": 64, "batch_size": 1024, "lr": 1e-3},
-            "distill": {"cycles": cycles, "placebos": ["random_directions"]},
-            "retrain": {"ks": list(ks), "seeds": list(seeds), "controls": dict(controls)},
-        }
-    )
+    data = {"source": "embedded", "train_tokens": 300_000, "select_tokens": 1000, "test_tokens": 1000}
+    sections = {
+        "name": "synthetic",
+        "model": {"name": "toy", "hook_name": "blocks.1.hook_resid_post", "context_size": 128},
+        "data": data | {"fresh_factor": cycles + 1},
+        "sae": {"d_sae": 1024, "prefixes": [M_0, 96, 224, 480]},
+        "training": {"k": 64, "batch_size": 1024, "lr": 1e-3},
+        "distill": {"cycles": cycles, "placebos": ["random_directions"]},
+        "retrain": {"ks": list(ks), "seeds": list(seeds), "controls": dict(controls)},
+    }
+    return RunConfig.model_validate(sections)
 
 
 def place(run: Run, chain: str) -> int:
@@ -101,22 +95,19 @@ def probe(arm: str, l0: float, k: int) -> float:
 
 
 def history(cycle: int) -> list[dict]:
-    steps = range(0, 293, 4)
+    same = {
+        "loss": 1.0,
+        "aux": 0.1,
+        "L0_free": 64 - CORE_L0[cycle],
+        "L0_total": 64,
+        "threshold": 0.1,
+        "lr": 1e-3,
+    }
     return [
-        {
-            "step": s,
-            "tokens": s * 1024,
-            "loss": 1.0,
-            "fvu": 0.9 * math.exp(-s / 40) + 0.13 + 0.01 * cycle,
-            "aux": 0.1,
-            "L0_core": CORE_L0[cycle] * (1 - math.exp(-s / 20)),
-            "L0_free": 64 - CORE_L0[cycle],
-            "L0_total": 64,
-            "dead": max(0, 200 - s),
-            "threshold": 0.1,
-            "lr": 1e-3,
-        }
-        for s in steps
+        {"step": s, "tokens": s * 1024, "fvu": 0.9 * math.exp(-s / 40) + 0.13 + 0.01 * cycle}
+        | {"L0_core": CORE_L0[cycle] * (1 - math.exp(-s / 20)), "dead": max(0, 200 - s)}
+        | same
+        for s in range(0, 293, 4)
     ]
 
 
@@ -131,16 +122,9 @@ def latents(counts: list[int]) -> list[dict]:
     cycle = len(counts) - 1
     found = [(origin, n) for origin, count in enumerate(counts) for n in range(count)]
     return [
-        {
-            "id": f"c{origin}:{n}",
-            "first_cycle": origin,
-            "first_index": n,
-            "index": i,
-            "selected": list(range(origin, cycle + 1)),
-            "score": 1 / (i + 1),
-            "share": 1 / len(found),
-            "frequency": 0.2 + 0.6 * i / len(found),
-        }
+        {"id": f"c{origin}:{n}", "first_cycle": origin, "first_index": n, "index": i}
+        | {"selected": list(range(origin, cycle + 1)), "score": 1 / (i + 1), "share": 1 / len(found)}
+        | {"frequency": 0.2 + 0.6 * i / len(found)}
         for i, (origin, n) in enumerate(found)
     ]
 
@@ -148,69 +132,47 @@ def latents(counts: list[int]) -> list[dict]:
 def write_cycle(run: Run, cycle: int, chain: str = "main") -> None:
     counts, offset = origins(run, cycle, chain), place(run, chain)
     core_in, size, kept = sum(origins(run, cycle - 1, chain)) if cycle else 0, sum(counts), sum(counts[:-1])
-    l0 = {"core": float(CORE_L0[cycle]), "free": 64.2 - CORE_L0[cycle], "total": 64.2}
-    fvus = {"32": 0.5 - 0.01 * cycle, "96": 0.4, "224": 0.3, "480": 0.25, "full": 0.133 + 0.0125 * cycle}
     before = (run.cycle(cycle - 1, "core", chain), "core") if cycle else (run.folder / "harvest", "harvest")
     parent = hash_of(*before)
+    metrics = {
+        "cycle": cycle,
+        "core_in": core_in,
+        "prefixes": [M_0, 96, 224, 480, 1024 - core_in],
+        "L0": {"core": float(CORE_L0[cycle]), "free": 64.2 - CORE_L0[cycle], "total": 64.2},
+        "dead": 3,
+        "rare": 0.05,
+        "fvu": {"32": 0.5 - 0.01 * cycle, "96": 0.4, "224": 0.3, "480": 0.25, "full": 0.133 + 0.0125 * cycle},
+        "core_rows": ROWS if cycle else None,
+        "tokens_tested": 1000,
+        "loss_increase": {"prefix0": 0.49 - 0.035 * cycle, "full": 0.07},
+        "loss_recovered": {"prefix0": 0.86 + cycle / 100, "full": 0.98},
+    }
     parents = {"harvest": hash_of(run.folder / "harvest", "harvest"), before[1]: parent}
     with write(run.cycle(cycle, "sae", chain), "sae", parents) as sae:
-        sae.json(
-            "metrics.json",
-            {
-                "cycle": cycle,
-                "core_in": core_in,
-                "prefixes": [M_0, 96, 224, 480, 1024 - core_in],
-                "L0": l0,
-                "dead": 3,
-                "rare": 0.05,
-                "fvu": fvus,
-                "core_rows": ROWS if cycle else None,
-                "tokens_tested": 1000,
-                "loss_increase": {"prefix0": 0.49 - 0.035 * cycle, "full": 0.07},
-                "loss_recovered": {"prefix0": 0.86 + cycle / 100, "full": 0.98},
-            },
-        )
+        sae.json("metrics.json", metrics)
         sae.csv("history.csv", history(cycle))
     parents = {"sae": hash_of(run.cycle(cycle, "sae", chain), "sae")}
     sizes = {"mean_abs": size, "abs_mean": size // 2, "quantile": size - 3, "frequency": size + 9}
     chosen = {"core_in": core_in, "selected": size, "frequency": 0.2}
-    null = chosen | {
-        "kept": 2 + offset,
-        "rows": list(range(2 + offset)),
-        "rank": 20.0,
-        "L0_core": 3.0,
-        "loss_increase": 0.09,
+    null = chosen | {"kept": 2 + offset, "rows": list(range(2 + offset)), "rank": 20.0, "L0_core": 3.0}
+    kinds = run.config.for_chain(chain).distill.placebos if cycle else ()
+    record = {
+        "cycle": cycle,
+        "tokens": 1000,
+        "candidates": core_in + M_0,
+        "stability": {"spearman": 0.97, "jaccard": 0.93},
+        "aggregators": {name: {"size": n, "jaccard": 0.8, "spearman": 0.9} for name, n in sizes.items()},
+        "core": chosen | {"kept": kept},
+        "placebos": {kind: null | {"loss_increase": 0.09} for kind in kinds},
     }
-    placebos = {kind: null for kind in (run.config.for_chain(chain).distill.placebos if cycle else ())}
     with write(run.cycle(cycle, "attribution", chain), "attribution", parents) as attribution:
-        attribution.json(
-            "record.json",
-            {
-                "cycle": cycle,
-                "tokens": 1000,
-                "candidates": core_in + M_0,
-                "stability": {"spearman": 0.97, "jaccard": 0.93},
-                "aggregators": {
-                    name: {"size": n, "jaccard": 0.8, "spearman": 0.9} for name, n in sizes.items()
-                },
-                "core": chosen | {"kept": kept},
-                "placebos": placebos,
-            },
-        )
+        attribution.json("record.json", record)
         attribution.csv("table.csv", [{"index": i, "frequency": 0.05} for i in range(core_in + M_0)])
     parents |= {"attribution": hash_of(run.cycle(cycle, "attribution", chain), "attribution")}
+    made = {"cycle": cycle, "size": size, "kept": kept, "parent": parent if cycle else None}
+    made |= {"latents": latents(counts), "origins": {str(o): n for o, n in enumerate(counts)}}
     with write(run.cycle(cycle, "core", chain), "core", parents) as core:
-        core.json(
-            "core.json",
-            {
-                "cycle": cycle,
-                "size": size,
-                "kept": kept,
-                "parent": parent if cycle else None,
-                "latents": latents(counts),
-                "origins": {str(o): n for o, n in enumerate(counts)},
-            },
-        )
+        core.json("core.json", made)
         core.tensors("core.safetensors", {"W_enc": torch.ones(128, size)})
 
 
@@ -301,29 +263,13 @@ def build_run(root: Path, resolved: RunConfig | None = None, scored: bool = True
     """A whole run folder below ``root`` as the stages would leave it."""
     resolved = resolved or config()
     run = Run(resolved, resolved.name, root)
+    model = {"name": "toy", "hash": "a" * 64, "d_model": 128, "n_layers": 4, "architecture": "Toy"}
+    record = {"scale": 1.5, "clean_loss": CLEAN, "zero_loss": ZERO, "mean_loss": MEAN}
+    record |= {"outliers_dropped": 3, "harvested": 297, "n_tokens": {"test": 1000}}
+    record |= {"model": model | {"hook_name": resolved.model.hook_name}}
     with write(run.folder / "harvest", "harvest") as harvest:
-        harvest.json(
-            "record.json",
-            {
-                "scale": 1.5,
-                "clean_loss": CLEAN,
-                "zero_loss": ZERO,
-                "mean_loss": MEAN,
-                "outliers_dropped": 3,
-                "harvested": 297,
-                "n_tokens": {"test": 1000},
-                "model": {
-                    "name": "toy",
-                    "hash": "a" * 64,
-                    "d_model": 128,
-                    "n_layers": 4,
-                    "architecture": "Toy",
-                    "hook_name": resolved.model.hook_name,
-                },
-                "data": {"source": "embedded", "hash": "d" * 64},
-            },
-        )
-    for chain in ("main", *(chain.name for chain in resolved.distill.chains)):
+        harvest.json("record.json", record | {"data": {"source": "embedded", "hash": "d" * 64}})
+    for chain in resolved.chains:
         for cycle in range(resolved.distill.cycles + 1):
             if resolved.trains(chain, cycle) == chain:
                 write_cycle(run, cycle, chain)
@@ -333,16 +279,11 @@ def build_run(root: Path, resolved: RunConfig | None = None, scored: bool = True
                 write_retrained(run, k, arm, seed, chain)
         write_index(run, chain)
     if scored:
-        accuracies = {name: {"accuracy": value} for name, value in (("dense", 0.93), ("best_channel", 0.72))}
+        good = {name: {"accuracy": value} for name, value in (("dense", 0.93), ("best_channel", 0.72))}
+        poor = {name: {"accuracy": 0.55} for name in good}  # dropped: a dense probe cannot do it
+        sets = {name: row | {"majority": 0.5} for name, row in (("a", good), ("b", good), ("c", poor))}
         with write(run.folder / "saebench" / "baselines", "probing_baselines") as baselines:
-            poor = {name: {"accuracy": 0.55} for name in accuracies}  # dropped: a dense probe cannot do it
-            baselines.json(
-                "probing.json",
-                {
-                    name: row | {"majority": 0.5}
-                    for name, row in (("a", accuracies), ("b", accuracies), ("c", poor))
-                },
-            )
+            baselines.json("probing.json", sets)
     else:
         shutil.rmtree(run.folder / "saebench")
     return run
@@ -353,11 +294,10 @@ def publish(run: Run, base_model: bool = True) -> Path:
     folder = run.root / "results" / run.config.name
     shutil.copytree(write_summary(run), folder)
     if base_model:
-        write_json(
-            run.root / "results" / "base_model" / "base_model.json",
-            {
-                "nats_per_token": {"model": 3.9, "trigram": 4.9, "unigram": 6.8},
-                "bits_per_byte": {"model": 1.7, "trigram": 2.2, "unigram": 3.0},
-            },
+        nats, bits = (
+            {"model": 3.9, "trigram": 4.9, "unigram": 6.8},
+            {"model": 1.7, "trigram": 2.2, "unigram": 3.0},
         )
+        record = {"nats_per_token": nats, "bits_per_byte": bits}
+        write_json(run.root / "results" / "base_model" / "base_model.json", record)
     return folder
