@@ -32,8 +32,7 @@ class _NestedSAE(nn.Module):
         free_rows: (d_sae - c, d_in) parameter, the encoder rows of the free latents.
         W_dec: (d_sae, d_in); b_enc: (d_sae,); b_dec: (d_in,).
         threshold, threshold_ema: () float64, in units of an activation; the first is the calibrated one. An
-        SAE that
-            was trained elsewhere may have one for each latent, (d_sae,).
+            SAE that was trained elsewhere may have one for each latent, (d_sae,).
     """
 
     core_rows: Tensor

@@ -57,9 +57,8 @@ def step_gradients(
         k, k_min: target total L0 and floor of the free latents' L0 (method, section 2).
         dead: (d_sae - c,) bool, the dead free latents; AuxK acts on them alone. None: there are none.
         last_threshold: last step's smallest kept activation, to look at few candidates; changes no result.
-        bf16: matrix products in bfloat16; everything else, weights and sums over prefixes included, in
-        float32. fixed_shapes: shapes that are known beforehand, at the cost of some work; the results are the
-        same.
+        bf16: matrix products in bfloat16; everything else, weights and sums over prefixes too, in float32.
+        fixed_shapes: shapes that are known beforehand, at the cost of some work; no result differs.
     """
     batch, c, bounds = len(x), sae.n_core, [0, *sae.prefixes]
     centred = x - sae.b_dec

@@ -220,8 +220,8 @@ def train_saes(
     Args:
         batches: given a cursor, yields (x (batch_size, d_in), next cursor) from there on.
         checkpoints: their folders; who writes the finished SAE removes them.
-        parents: per SAE the hashes of all that its training depends on; a checkpoint of anything else is set
-        aside. finish: called with a trainer's number as soon as it has made its last step.
+        parents: per SAE the hashes of all that it depends on; a checkpoint of anything else is set aside.
+        finish: called with a trainer's number as soon as it has made its last step.
     """
     for trainer, folder, made_from in zip(trainers, checkpoints, parents):
         _start(trainer, folder, made_from, report)

@@ -54,3 +54,10 @@ def config(**changes) -> TrainingConfig:
 
 def gradients(sae: MatryoshkaSAE) -> dict[str, Tensor]:
     return {name: getattr(sae, name).grad.clone() for name in TRAINED}
+
+
+def with_rows(model, rows: int):
+    """The same model, read ``rows`` contexts at a time."""
+    other = object.__new__(type(model))
+    other.__dict__.update(model.__dict__, config=model.config.model_copy(update={"batch_rows": rows}))
+    return other

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from builders.sae import make_sae, with_rows
 from scipy.stats import spearmanr
 
 from dmsae_lib.config import sections
@@ -36,25 +36,10 @@ CORE, PREFIX0, BIN_RATIO = 4, 9, 10 ** ((HIGH - LOW) / BINS)
 @pytest.fixture(scope="module")
 def sae(tiny_llama) -> MatryoshkaSAE:
     """Random weights in the units of the model's residual; about a third of the latents fire on a token."""
-    random = torch.Generator().manual_seed(0)
-    sae = MatryoshkaSAE(
-        tiny_llama.d_model, 40, (PREFIX0, 20), torch.randn(CORE, tiny_llama.d_model, generator=random)
-    )
-    with torch.no_grad():
-        sae.free_rows.copy_(torch.randn(sae.free_rows.shape, generator=random))
-        sae.W_dec.copy_(F.normalize(torch.randn(sae.W_dec.shape, generator=random), dim=1))
-        sae.b_enc.copy_(0.1 * torch.randn(40, generator=random))
-        sae.b_dec.copy_(0.1 * torch.randn(tiny_llama.d_model, generator=random))
     x = tiny_llama.lower(torch.arange(3, 19)[None])
-    sae.requires_grad_(False).threshold.fill_(float(sae.pre_activations(x).median()))
+    sae = make_sae(CORE, "relu", (PREFIX0, 20), 40, x.flatten(0, 1)).requires_grad_(False)
+    sae.threshold.fill_(float(sae.pre_activations(x).median()))
     return sae
-
-
-def with_rows(model, rows: int):
-    """The same model, read ``rows`` contexts at a time."""
-    other = object.__new__(type(model))
-    other.__dict__.update(model.__dict__, config=model.config.model_copy(update={"batch_rows": rows}))
-    return other
 
 
 def by_autograd(model, sae: MatryoshkaSAE, batch: Contexts) -> torch.Tensor:
@@ -232,7 +217,7 @@ def test_rows_of_the_table(table):
     )
 
 
-# ---------------------------------------------------------------------------------------- selection
+# --- selection
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -122,7 +122,7 @@ def test_save_and_load(cycles, tmp_path):
     assert torch.equal(following.core_rows, core.rows)
 
 
-# ---------------------------------------------------------------------------------------- the final core
+# --- the final core
 
 
 def core_of(*selected: list[int], cycle: int = 3) -> Core:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from builders.sae import with_rows
 
 from dmsae_lib.data.activations import Losses, reference_losses, usable_residuals
 from dmsae_lib.distill import evaluation
@@ -79,14 +80,7 @@ def constant_sae(point: torch.Tensor) -> MatryoshkaSAE:
     return sae
 
 
-def with_rows(model, rows: int):
-    """The same model, read ``rows`` contexts at a time."""
-    other = object.__new__(type(model))
-    other.__dict__.update(model.__dict__, config=model.config.model_copy(update={"batch_rows": rows}))
-    return other
-
-
-# ---------------------------------------------------------------------------------------- known answers
+# --- known answers
 
 
 def test_a_perfect_reconstruction(tiny_llama, split, losses):
@@ -183,7 +177,7 @@ def test_rare_latents_are_counted_on_the_usable_positions(tiny_llama, split, los
     assert evaluate(sae.requires_grad_(False), tiny_llama, split, losses)["rare"] == pytest.approx(1 / 3)
 
 
-# ---------------------------------------------------------------------------------------- against naive sums
+# --- against naive sums
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +203,7 @@ def naive_activations(sae: MatryoshkaSAE, x: torch.Tensor, threshold: float) -> 
 def test_l0_by_part(residuals, sae, found):
     for threshold, key in ((float(sae.threshold), "L0"), (float(sae.threshold_ema), "L0_ema")):
         active = naive_activations(sae, residuals, threshold) > 0
-        counted = {
-            "core": active[:, :CORE].sum() / len(active),
-            "free": active[:, CORE:].sum() / len(active),
-        }
+        counted = {"core": active[:, :CORE].sum() / len(active), "free": active[:, CORE:].sum() / len(active)}
         counted["total"] = counted["core"] + counted["free"]
         # float32 may put two values across the threshold
         assert found[key] == pytest.approx(counted, abs=2 / len(active))
@@ -271,7 +262,7 @@ def test_metrics_do_not_depend_on_the_batch_size(tiny_llama, split, losses, sae,
 def test_metrics_do_not_depend_on_the_input_scale(tiny_llama, split, residuals, sae, found, scale):
     """An SAE trained on x / scale, folded, has the FVU and L0 it has on x / scale."""
     unit = MatryoshkaSAE(sae.d_in, D_SAE, PREFIXES, sae.core_rows)  # the same, as if trained on x / scale
-    unit.load_state_dict(sae.folded(1 / scale).state_dict())
+    unit.requires_grad_(False).load_state_dict(sae.folded(1 / scale).state_dict())
     z = residuals / scale
     f = unit.encode(z)
     assert float((f > 0).sum()) / len(z) == pytest.approx(found["L0"]["total"], abs=3 / len(z))
@@ -284,8 +275,7 @@ def test_metrics_do_not_depend_on_the_input_scale(tiny_llama, split, residuals, 
     assert again["L0"] == pytest.approx(found["L0"], abs=3 / len(z))
 
 
-# ---------------------------------------------------------------------------------------- the calibrated
-# threshold
+# --- the calibrated threshold
 
 
 @pytest.mark.parametrize("core, core_sparsity", [(0, "relu"), (CORE, "relu"), (CORE, "batchtopk")])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders.sae import CORE, D_SAE, batch, config, gradients, make_sae
+from builders.sae import CORE, D_SAE, batch, config, gradients, make_sae, random
 from reference import TRAINED, reference_gradients
 from torch import Tensor
 
@@ -25,6 +25,11 @@ from dmsae_lib.store.artifacts import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DENSE_K = D_SAE // 2 + 1  # above SPARSE_BELOW of the free latents: dense products
+
+
+def small(d_in: int) -> MatryoshkaSAE:
+    """A core of 4 and a first prefix of 8, in the units of the model's residual."""
+    return make_sae(4, "relu", (8, 20), 40, random(50, d_in)).requires_grad_(False)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -125,7 +130,7 @@ def test_attribution_encodes_candidates_alone(tiny_llama, random_split, monkeypa
     monkeypatch.setattr(
         MatryoshkaSAE, "select", lambda sae, a, *more: widths.append(a.shape[-1]) or select(sae, a, *more)
     )
-    sae, split = _sae(tiny_llama.d_model), random_split(6)
+    sae, split = small(tiny_llama.d_model), random_split(6)
     batch = next(split.batches(6, "cpu"))
     f, g = gradient_at_prefix0(tiny_llama, sae, batch)
     with torch.no_grad():
@@ -135,21 +140,13 @@ def test_attribution_encodes_candidates_alone(tiny_llama, random_split, monkeypa
     assert torch.equal(again[0], f) and torch.equal(again[1], g) and bool(torch.isfinite(f).all())
 
 
-def _sae(d_in: int) -> MatryoshkaSAE:
-    """A core of 4 and a first prefix of 8."""
-    random = torch.Generator().manual_seed(0)
-    sae = MatryoshkaSAE(d_in, 40, (8, 20), torch.randn(4, d_in, generator=random) / d_in**0.5)
-    sae.initialise(random, torch.randn(50, d_in, generator=random))
-    return sae.requires_grad_(False)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_closed_form_equals_autograd_as_far_as_the_models_type_goes(dtype):
     """The check of notebook 03, the reconstruction summed in another order as a GPU may do: float32's bound
     is too tight for bfloat16, whose own one holds."""
     model = LanguageModel(load_config("smoke").model.model_copy(update={"dtype": dtype}), "cpu")
     tokens = torch.randint(3, 4000, (16, 128), generator=torch.Generator().manual_seed(0))
-    sae, batch = _sae(model.d_model), Contexts(tokens, torch.full((16,), 128), model.bos)
+    sae, batch = small(model.d_model), Contexts(tokens, torch.full((16,), 128), model.bos)
     f, g = gradient_at_prefix0(model, sae, batch)
     A = contributions(f, g, sae)
     with torch.enable_grad():

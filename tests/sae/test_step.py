@@ -211,13 +211,10 @@ def test_equals_saelens_matryoshka_batchtopk(with_dead):
     here:
 
     - SAELens has no core, so this is cycle 0. ``rescale_acts_by_decoder_norm`` is off: our decoder rows have
-      norm 1
-      already, and the gradient part along them is removed by apply_step, not by the loss.
+      norm 1 already, and the gradient part along them is removed by apply_step, not by the loss.
     - Its AuxK is not divided by the residual's variance and is scaled by min(1, dead / k_aux) instead; the
-      coefficient
-      below makes up for both (the residual is a constant).
-    - Its AuxK takes pre-activations before the ReLU, ours after it: the biases here make the dead ones
-      positive.
+      coefficient below makes up for both (the residual is a constant).
+    - Its AuxK takes pre-activations before the ReLU, ours after it: biases here make the dead ones positive.
     - Its k_aux is fixed at d_in / 2, ours by default as well.
     - Its threshold's average starts at 0, ours at the first batch's value (not part of the loss).
     """
