@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmsae_lib.distill.attribution import smallest_cover
 from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.store.artifacts import Artifact, UserError, Writer
+from dmsae_lib.store.artifacts import Artifact, ArtifactError, UserError, Writer
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -117,11 +117,8 @@ def distil(
     latents, rows = [], torch.cat([sae.core_rows, sae.free_rows])
     chosen = sorted(smallest_cover(scores, coverage).tolist())
     for index in chosen:
-        before = (
-            old[index]
-            if index < sae.n_core
-            else Latent(f"c{cycle}:{index}", cycle, index, index, [], 0, 0, 0)
-        )
+        new = Latent(f"c{cycle}:{index}", cycle, index, index, [], 0, 0, 0)
+        before = old[index] if index < sae.n_core else new
         now = {"index": index, "selected": [*before.selected, cycle], "score": float(scores[index])}
         latents.append(replace(before, **now, share=float(share[index]), frequency=float(frequency[index])))
     return Core(cycle, rows[chosen].detach().clone(), latents, parent)
@@ -142,11 +139,15 @@ def read_core(artifact: Artifact) -> Core:
 
 
 def read_candidates(artifact: Artifact) -> Candidates:
+    """ArtifactError for a core of an earlier release, which kept none."""
+    if "candidates.json" not in artifact.files:
+        what = f"{artifact.folder} holds a core without the candidates that controls are drawn from"
+        raise ArtifactError(what, "delete it and run make again")
     return Candidates(artifact.json("candidates.json"), **artifact.tensors("candidates.safetensors"))
 
 
-# Which latents of the last core C(T) the paper's "final core" may mean, by the cycles that selected one and
-# T.
+# Which latents of the last core, C(T), the paper's "final core" may mean: by the cycles that selected one,
+# and T.
 READINGS = {
     "all_of_last": lambda selected, T: True,
     "last_two": lambda selected, T: T - 1 in selected,

@@ -1,5 +1,7 @@
 """The core over hand-made cycles: rows, lineage, readings, round trip."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from builders.sae import latent, random
@@ -17,7 +19,7 @@ from dmsae_lib.distill.core import (
     save_core,
 )
 from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.store.artifacts import UserError, load, write
+from dmsae_lib.store.artifacts import ArtifactError, UserError, load, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,6 +120,10 @@ def test_save_and_load(cycles, tmp_path):
     assert torch.equal(candidates.rows, sae.free_rows[:PREFIX0]) and torch.equal(
         candidates.frequency, frequency[2:]
     )
+    with pytest.raises(
+        ArtifactError, match="holds a core without the candidates .*: delete it and run make again"
+    ):
+        read_candidates(SimpleNamespace(files={"core.json": ""}, folder="cycle_2/core"))
     following = MatryoshkaSAE(D_IN, D_SAE, (PREFIX0, 9), again.rows)
     assert torch.equal(following.core_rows, core.rows)
 
