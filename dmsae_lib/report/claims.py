@@ -9,8 +9,6 @@ measured L0 (:mod:`dmsae_lib.report.equal_l0`), in the loss increase ce_sae - ce
 better.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -26,8 +24,8 @@ from dmsae_lib.report.equal_l0 import (
     paired,
     score,
 )
-from dmsae_lib.report.series import replicates
-from dmsae_lib.report.verdicts import FAILS, HOLDS, decided, group_part, overall, part, pseudo_values
+from dmsae_lib.report.evidence import CLAIMS, Evidence, Finding, claim, furthest, judged, lowest, number
+from dmsae_lib.report.verdicts import group_part, part, pseudo_values
 
 Row = dict[str, Any]
 
@@ -59,80 +57,6 @@ COMPARED = [
 ]
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What is judged: a summary's rows of the main chain and its replicates, and its sizes."""
-
-    chains: dict[str, list[Row]]  # each one's cycles
-    rows: list[Row]  # the SAEs retrained with their cores
-    identity: list[Row]
-    sizes: Row
-
-    @classmethod
-    def of(cls, summary: Row) -> "Evidence":
-        chains = replicates(summary)
-        rows = [row for row in summary["retrain"] if row["chain"] in chains]
-        return cls(chains, rows, summary["identity"], summary["sizes"])
-
-
-class Finding(NamedTuple):
-    parts: list[Row]
-    headline: Row | None  # the part whose value, interval and n are the claim's
-    detail: str
-    varied: str = CHAIN  # what differs between the n values
-
-
-class Claim(NamedTuple):
-    sentence: str
-    measure: str  # what the claim's value is, in few words
-    find: Callable[[Evidence], Finding]
-
-
-CLAIMS: dict[str, Claim] = {}
-
-
-def claim(name: str, sentence: str, measure: str) -> Callable[[Callable], Callable]:
-    """Enters the decorated function in CLAIMS: it is judged, published and tabulated from then on."""
-
-    def enter(find: Callable[[Evidence], Finding]) -> Callable[[Evidence], Finding]:
-        CLAIMS[name] = Claim(sentence, measure, find)
-        return find
-
-    return enter
-
-
-def judged(name: str, evidence: Evidence) -> Row:
-    """One claim as it is in the summary: its verdict, its numbers and its parts."""
-    parts, headline, detail, varied = CLAIMS[name].find(evidence)
-    shown, parts = headline or {"value": None, "interval": None, "n": 0}, decided(parts)
-    verdicts = [p["verdict"] for p in parts if p["decides"]]
-    if len(verdicts) > 1:
-        held, failed = verdicts.count(HOLDS), verdicts.count(FAILS)
-        detail += f" Of {len(verdicts)} deciding parts {held} hold and {failed} do not."
-    found = {"claim": CLAIMS[name].sentence, "verdict": overall(parts)}
-    found |= {key: shown[key] for key in ("value", "interval", "n")}
-    return found | {"varied": varied, "detail": detail, "parts": parts}
-
-
-def judge(summary: Row) -> dict[str, Row]:
-    """Every claim from a summary's ``cycles``, ``chains``, ``retrain``, ``identity`` and ``sizes``."""
-    evidence = Evidence.of(summary)
-    return {name: judged(name, evidence) for name in CLAIMS}
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    return "not measured" if value is None else f"{value:+.{digits}f}"
-
-
-def _furthest(parts: list[Row], key: Callable[[float], float]) -> Row | None:
-    """The deciding part with the largest ``key`` of its value; None where none has a value."""
-    return max((p for p in parts if p["decides"] and p["n"]), key=lambda p: key(p["value"]), default=None)
-
-
-def _lowest(parts: list[Row]) -> Row | None:
-    return _furthest(parts, lambda value: -value)
-
-
 @claim(
     "C1",
     "The core settles: its size changes by at most 10 % in each of the last two cycles.",
@@ -153,7 +77,7 @@ def core_settles(evidence: Evidence) -> Finding:
         f"Mean change {changes} (bound {SETTLED:.0%}); Jaccard index of the core and the one before {same}; "
         f"the main chain's last sizes {sizes}."
     )
-    return Finding(parts, _furthest(parts, abs), detail)
+    return Finding(parts, furthest(parts, abs), detail)
 
 
 @claim(
@@ -194,7 +118,7 @@ def core_is_reselected(evidence: Evidence) -> Finding:
         f"{shown or 'placebo rows not run'}. In the main chain's last cycle {row['kept']} of "
         f"{row['core_in']} ({_kept(row):.1%}; uniform selection, a weak reference, {uniform:.1%})."
     )
-    return Finding(parts or [part("above placebo rows (not run)", [])], _lowest(parts), detail)
+    return Finding(parts or [part("above placebo rows (not run)", [])], lowest(parts), detail)
 
 
 def _kept(row: Row) -> float:
@@ -258,14 +182,12 @@ def _control_parts(rows: list[Row]) -> list[Row]:
 def beats_controls(evidence: Evidence) -> Finding:
     """The claim's value is the difference to the control and at the k where it is worst."""
     parts = _control_parts(evidence.rows)
-    worst = [
-        _furthest([p for p in parts if p["k"] == k], float) for k in dict.fromkeys(p["k"] for p in parts)
-    ]
+    worst = [furthest([p for p in parts if p["k"] == k], float) for k in dict.fromkeys(p["k"] for p in parts)]
     shown = "; ".join(f"{number(p['value'])} ({p['part']}, k = {p['k']}, n = {p['n']})" for p in worst if p)
     detail = (
         f"Loss increase in nats, distilled minus the best control of each bound k: {shown or 'not measured'}."
     )
-    return Finding(parts, _furthest(parts, float), detail)
+    return Finding(parts, furthest(parts, float), detail)
 
 
 @claim(
@@ -284,7 +206,7 @@ def serves_all_k(evidence: Evidence) -> Finding:
     shown = ", ".join(f"{number(p['value'])} at k = {p['k']}" for p in close) or "not measured"
     shown += f" (bound {CLOSE:+.2f}); unbound k: {sorted(arms - set(ks)) or 'none'}."
     detail = f"Loss increase in nats, distilled minus baseline: {shown}"
-    return Finding(close + _control_parts(rows), _furthest(close, float), detail)
+    return Finding(close + _control_parts(rows), furthest(close, float), detail)
 
 
 SHARE, BEFORE, NEXT_K = "core L0 / k", "frequency correlation", "frequency correlation over k"  # parts of C6
@@ -324,7 +246,7 @@ def wins_its_place(evidence: Evidence) -> Finding:
             parts.append(part(f"{name}, above {control}{'' if gains else ' (not run)'}", gains, k=k))
     shown, least = [], {}
     for name in (SHARE, BEFORE):
-        least[name] = _lowest([p for p in parts if p["part"].startswith(f"{name},")])
+        least[name] = lowest([p for p in parts if p["part"].startswith(f"{name},")])
         if values := of("distilled", name).values():
             shown.append(f"{name} {fmean(values):.3f}")
     shown += [f"smallest difference {number(p['value'], 3)} ({p['part']})" for p in least.values() if p]
@@ -378,3 +300,9 @@ def chains_agree(evidence: Evidence) -> Finding:
     )
     detail = f"Over {len(of['cores'])} pairs of chains: {shown}." if shown else "There is one chain only."
     return Finding(parts, parts[0], detail)
+
+
+def judge(summary: Row) -> dict[str, Row]:
+    """Every claim from a summary's ``cycles``, ``chains``, ``retrain``, ``identity`` and ``sizes``."""
+    evidence = Evidence.of(summary)
+    return {name: judged(name, evidence) for name in CLAIMS}

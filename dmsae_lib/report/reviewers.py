@@ -8,8 +8,9 @@ from statistics import fmean, quantiles
 from typing import Any
 
 from dmsae_lib.config.sections import ARMS, LONGER
-from dmsae_lib.report.claims import Evidence, identity_means, number
+from dmsae_lib.report.claims import identity_means
 from dmsae_lib.report.equal_l0 import OfSAE, advantage, over_control, per_unit
+from dmsae_lib.report.evidence import Evidence, number
 from dmsae_lib.report.verdicts import t_interval
 
 Row = dict[str, Any]

@@ -249,9 +249,8 @@ class Difference(Record):
 class Tolerance(Record):
     """What a second run may differ by in one kind of number: see dmsae_lib/report/agreement.py."""
 
-    tolerance: Annotated[
-        list[Amount], Field(min_length=2, max_length=2)
-    ]  # absolute, relative; the larger counts
+    # absolute, and relative to the published value; the larger counts
+    tolerance: Annotated[list[Amount], Field(min_length=2, max_length=2)]
     sd: float | None  # between replicates, pooled
     df: Count
     source: str

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from dmsae_lib.config.sections import CONTROLS, NEW_ROWS, OF_LATENTS
-from dmsae_lib.report import claims, equal_l0
+from dmsae_lib.report import claims, equal_l0, evidence
 from dmsae_lib.report.series import replicates
 from dmsae_lib.report.verdicts import FAILS, HOLDS, OPEN, part
 
@@ -55,7 +55,7 @@ def arm(core, effect=0.0, noise=0.001, ks=KS, chains=CHAINS, seeds=SEEDS, **more
 def judged(name, rows=(), *, chains=None, identity=(), **sizes):
     """One claim of such evidence at the distillation k = 48, first prefix 25, an equal-L0 core."""
     sizes = {"k": 48, "prefixes": [25], "core_sparsity": "batchtopk"} | sizes
-    return claims.judged(name, claims.Evidence(chains or {}, list(rows), list(identity), sizes))
+    return evidence.judged(name, evidence.Evidence(chains or {}, list(rows), list(identity), sizes))
 
 
 BASELINE = [
@@ -527,12 +527,13 @@ def test_chains_of_another_kind_are_not_judged(other):
 
 def test_a_claim_is_one_function_and_one_line(monkeypatch):
     """It is judged like all others; what it is called need not be known anywhere else."""
-    monkeypatch.setattr(claims, "CLAIMS", dict(claims.CLAIMS))
+    monkeypatch.setattr(evidence, "CLAIMS", dict(claims.CLAIMS))
+    monkeypatch.setattr(claims, "CLAIMS", evidence.CLAIMS)
 
-    @claims.claim("C8", "The core is large.", "latents beyond 100")
-    def core_is_large(evidence):
-        parts = [part("last", [rows[-1]["core_out"] - 100 for rows in evidence.chains.values()])]
-        return claims.Finding(parts, parts[0], "Latents of the last core.")
+    @evidence.claim("C8", "The core is large.", "latents beyond 100")
+    def core_is_large(found):
+        parts = [part("last", [rows[-1]["core_out"] - 100 for rows in found.chains.values()])]
+        return evidence.Finding(parts, parts[0], "Latents of the last core.")
 
     found = claims.judge(whole())["C8"]
     assert found["verdict"] == OPEN and found["value"] == 10  # 110 in every chain: no spread decides nothing
