@@ -67,8 +67,7 @@ def test_batches_made_ahead_change_nothing(alone, tmp_path, ahead):
         assert_bit_equal(trainer, alone[i])
 
 
-@pytest.mark.parametrize("stop", [1, 17, 31])
-@pytest.mark.parametrize("lost", [[], [2], [0, 3]])
+@pytest.mark.parametrize("stop, lost", [(1, []), (17, []), (17, [2]), (17, [0, 3]), (31, [2]), (31, [0, 3])])
 def test_a_kill_at_any_time_is_made_good(alone, tmp_path, stop, lost):
     """Also where some checkpoints are older than others, or were never written."""
     folders = paths(tmp_path)
