@@ -26,8 +26,7 @@ def score(row: Row, metric: str) -> float | None:
 
 
 def baseline_at(rows: list[Row], chain: str, seed: int, l0: float, metric: str) -> float | None:
-    """The baseline's score at total L0 = ``l0``: same chain and seed, linear in log L0; None where it has no
-    point near."""
+    """The baseline's score at total L0 = ``l0``, linear in log L0; None where it has no point near."""
     points = sorted(
         (math.log(r["L0"]["total"]), score(r, metric))
         for r in rows
@@ -44,8 +43,7 @@ def baseline_at(rows: list[Row], chain: str, seed: int, l0: float, metric: str) 
 
 
 def advantage(rows: list[Row], arm: str, k: int | None, metric: str) -> OfSAE:
-    """{(chain, seed): score of the arm's SAE minus the baseline's at its measured L0}; unbound SAEs are left
-    out."""
+    """{(chain, seed): score of the arm's SAE minus the baseline's at its measured L0}, of bound SAEs."""
     gains = {}
     for row in rows:
         if row["arm"] == arm and row["k"] == k and not row["unbound"] and score(row, metric) is not None:

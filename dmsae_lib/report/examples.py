@@ -17,8 +17,7 @@ BEFORE, AFTER = 12, 4  # tokens of context shown around the strongest activation
 def top_contexts(
     sae: FoldedSAE, model: LanguageModel, contexts: Contexts, latents: list[int], n: int = 3
 ) -> list[list[dict[str, Any]]]:
-    """For each latent its ``n`` strongest activations, at most one per context: {activation, before, token,
-    after}."""
+    """Each latent's ``n`` strongest activations, one per context: {activation, before, token, after}."""
     values, positions = [], []
     for batch, resid in lowered(model, contexts):
         f = sae.encode(resid)[..., latents] * model.usable(batch, resid)[..., None]
@@ -66,8 +65,7 @@ def logit_effects(directions: Tensor, model: LanguageModel, n: int = 6) -> list[
 
 
 def as_cell(text: str) -> str:
-    """``text`` as it is in a cell of a Markdown table, whatever the tokens hold; what cannot be printed is
-    marked."""
+    """``text`` for a cell of a Markdown table, whatever is in it; what cannot be printed is marked."""
     unseen = "\N{REPLACEMENT CHARACTER}"
     shown = "".join(char if char.isprintable() or char == "\n" else unseen for char in text)
     return shown.translate(str.maketrans({"|": "\\|", "\n": "⏎", "`": "'", "*": "\\*", "<": "&lt;"}))

@@ -139,8 +139,7 @@ def verdict_table(summary: Row) -> str:
 
 
 def update_readme(root: Path) -> None:
-    """Put the verdicts of the extended run, else of the default one, between the README's two markers; a
-    README without them is left as it is."""
+    """Put the verdicts of the extended run, else of the default one, between the README's markers, if any."""
     path, places = root / "README.md", [root / "results" / name for name in ("extended", "default")]
     folder = next((place for place in places if (place / "summary.json").is_file()), None)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""

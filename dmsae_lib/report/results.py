@@ -50,8 +50,7 @@ def validate(summary: Row) -> None:
 
 
 def stage_kind(name: str) -> str:
-    """harvest, train, attribute, distill, learning_rate, retrain, saebench ... from the name of a stage or
-    its notebook."""
+    """harvest, train, attribute, distill, retrain, saebench ... from the name of a stage."""
     words = name.split("_")  # cycle_3_train, chain_x_cycle_3_train, chain_x_retrain
     return words[-1] if "cycle" in words or words[0] == "chain" else name
 

@@ -79,8 +79,7 @@ def total_l0(rows: list[Row], k_distill: int) -> Answer:
 
 
 def longer_baselines(rows: list[Row], k: int) -> Answer:
-    """R3: the distilled core, and the plain Matryoshka SAE with the tokens of all cycles, against the plain
-    one."""
+    """R3: the distilled core, and a plain SAE with the tokens of all cycles, against the plain one."""
     numbers, shown = {}, []
     for arm in ("distilled", *LONGER):
         found = {metric: _mean(advantage(rows, arm, k, metric)) for metric in ("loss_increase", "fvu")}
@@ -124,8 +123,7 @@ def most_frequent(rows: list[Row], k: int) -> Answer:
 
 
 def stability(evidence: Evidence) -> Answer:
-    """R6: sizes of the last cores over chains, and how well their latents match, beside plain SAEs and random
-    rows."""
+    """R6: sizes of the last cores over chains, and how well two chains' latents match."""
     sizes = {chain: cycles[-1]["core_out"] for chain, cycles in evidence.chains.items()}
     means = identity_means(evidence.identity)
     numbers = {"chains": len(sizes), "sizes": sizes}
@@ -141,8 +139,7 @@ def stability(evidence: Evidence) -> Answer:
 
 
 def aggregators(cycles: list[Row], records: list[Row], default: str) -> Answer:
-    """R10: core size by aggregator, its agreement with the default, and the ranking's stability, per
-    cycle."""
+    """R10, per cycle: core size by aggregator, agreement with the default, the ranking's stability."""
     numbers = [
         {"cycle": row["cycle"], "aggregators": record["aggregators"], "stability": row["ranking_stability"]}
         for row, record in zip(cycles, records)

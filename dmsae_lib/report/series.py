@@ -83,8 +83,7 @@ def label(arm: str, summary: Row) -> str:
 def lines(
     summary: Row, arms: Iterable[str] = ARMS, wanted: Callable[[Row], Any] = bool
 ) -> list[tuple[Look, list[Row]]]:
-    """What there is of each arm over the main chain and its replicates; then DMSAEs with each other kind of
-    core."""
+    """Each arm's rows over the main chain and its replicates; then DMSAEs with each other kind of core."""
     main, *others = kinds(summary)
     found = [((label(arm, summary), *ARMS[arm][1:]), arm, main.rows) for arm in arms]
     for kind in others:

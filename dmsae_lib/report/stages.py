@@ -73,8 +73,7 @@ class Stages:
         }
 
     def attributed(self, k: int) -> list[Row]:
-        """The SAEs retrained at ``k`` whose prefix 0 was attributed, with their curves of core size against
-        coverage."""
+        """The SAEs retrained at ``k`` that have a curve of core size against coverage."""
         rows = self.retrain_index().json("index.json")["rows"]
         return [row for row in rows if row["k"] == k and "coverage_curve" in row]
 
@@ -91,8 +90,7 @@ class Stages:
         }
 
     def probing(self) -> Row | None:
-        """Mean accuracies of a dense probe, of the best single channel and of the majority class, over the
-        sets that a dense probe can do."""
+        """Mean accuracies without an SAE, over the sets that a dense probe can do."""
         folder = self.run.folder / "saebench" / "baselines"
         rows = self.get("probing_baselines", folder).json("probing.json") if folder.exists() else {}
         sets = suitable(rows, self.config.saebench.dense_at_least)
@@ -100,16 +98,14 @@ class Stages:
         return mean_baselines(rows, sets) | {"n_sets": len(sets), "dropped": dropped} if sets else None
 
     def notebooks(self) -> dict[str, list[float]]:
-        """Wall clock of each notebook by kind of stage, starting up included; those run by hand are not in
-        it."""
+        """Wall clock of each notebook that make ran, by kind of stage, starting up included."""
         found: dict[str, list[float]] = {}
         for path in sorted((self.run.folder / "notebooks").glob("*.json")):
             found.setdefault(stage_kind(path.stem), []).append(json.loads(path.read_text())["seconds"])
         return {stage: seconds for stage, seconds in found.items() if stage != "summary"}
 
     def made(self) -> Row:
-        """How the stages were made, for provenance.json: what may differ between two runs that found the
-        same."""
+        """How the stages were made: what may differ between two runs that found the same."""
         first, notebooks = self.cycle(0)[0].provenance, self.notebooks()
         return {
             "commits": sorted({a.provenance["commit"] for a in self.opened.values()} - {None}),

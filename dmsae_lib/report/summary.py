@@ -103,8 +103,7 @@ def imported_row(name: str, metrics: Row, numbers: Row | None) -> Row:
 
 
 def lineage(stages: Stages) -> Row:
-    """core_lineage.json: every latent of the last core with its history, and which ids each cycle's core
-    held."""
+    """core_lineage.json: the last core's latents with their history, and the ids in each cycle's core."""
     last = stages.config.distill.cycles
     cores = [stages.cycle(t)[2].json("core.json") for t in range(last + 1)]
     final = read_core(stages.cycle(last)[2])
@@ -115,8 +114,7 @@ def lineage(stages: Stages) -> Row:
 
 
 def regime(stages: Stages, summary: Row) -> list[Row]:
-    """The gates of cycle 0, none for an SAE that was trained elsewhere, and those of the SAEs that are
-    compared."""
+    """The gates of cycle 0, unless it was trained elsewhere, and those of what is compared."""
     sae, attribution, _ = stages.cycle(0)
     sizes, alike = summary["sizes"], replicates(summary)
     chains = [sizes | {"cycles": summary["cycles"]}, *summary["chains"].values()]
@@ -139,8 +137,7 @@ def heatmap(stages: Stages) -> list[Row]:
 
 
 def reviewed(stages: Stages, summary: Row) -> dict[str, Row]:
-    """The answers to the reviewers, with the frequencies of the last core and of the candidates that are not
-    in it."""
+    """The answers to the reviewers, with what the summary does not hold."""
     cycles = [stages.cycle(t) for t in range(stages.config.distill.cycles + 1)]
     _, attribution, core = cycles[-1]
     latents = core.json("core.json")["latents"]
@@ -151,11 +148,9 @@ def reviewed(stages: Stages, summary: Row) -> dict[str, Row]:
 
 
 def summarise(run: Run, identity: Iterable[Row] = ()) -> Row:
-    """The content of summary.json (see the module's docstring), validated; ``identity``:
-    identity.identity_rows.
+    """The content of summary.json, validated; ``identity``: what ``identity_rows`` gives.
 
-    Raises ArtifactError where a stage is missing or was made from something else than what lies beside it
-    now.
+    Raises ArtifactError where a stage is missing, or was made from other things than lie beside it now.
     """
     return _summarise(Stages(run), identity)
 
