@@ -112,9 +112,9 @@ def compare(fresh: Row, published: Row) -> list[Row]:
     """Rows {metric, published, fresh, difference, tolerance, ok, far} for every number, and for every
     verdict.
 
-    A number or claim that only one side has is not ok and far; so is a verdict that turned into its opposite,
-    while one that became decidable, or undecidable, is not ok alone. What only one side was asked to run
-    (``make saebench``) is left out; no verdict depends on it.
+    A number that only one side has is not ok and far; so is a verdict that turned into its opposite, while
+    one that became decidable, or undecidable, is not ok alone. What only one side was asked to run (``make
+    saebench``; no verdict depends on it) or to judge (a claim that is new) is left out.
     """
     new, old = ({number.metric: number for number in _numbers(side)} for side in (fresh, published))
     unasked, rows = optional_evals(fresh) ^ optional_evals(published), []
@@ -131,11 +131,12 @@ def compare(fresh: Row, published: Row) -> list[Row]:
         difference, tolerance = after - before, max(limits[0], limits[1] * abs(before))
         row |= {"difference": difference, "tolerance": tolerance, "ok": abs(difference) <= tolerance}
         rows.append(row | {"far": abs(difference) > FAR * tolerance})
-    for name in published["claims"] | fresh["claims"]:
-        before, after = (side["claims"].get(name, {}).get("verdict") for side in (published, fresh))
-        row = {"metric": f"claims.{name}", "published": before, "fresh": after}
-        row |= {"difference": None, "tolerance": None, "ok": before == after}
-        rows.append(row | {"far": {before, after} == {HOLDS, FAILS} or None in (before, after)})
+    for name in [name for name in published["claims"] if name in fresh["claims"]]:
+        before, after = (side["claims"][name]["verdict"] for side in (published, fresh))
+        row = {"metric": f"claims.{name}", "published": before, "fresh": after, "difference": None}
+        rows.append(
+            row | {"tolerance": None, "ok": before == after, "far": {before, after} == {HOLDS, FAILS}}
+        )
     return rows
 
 

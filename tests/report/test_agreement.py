@@ -153,3 +153,9 @@ def test_a_number_that_one_side_lacks_is_a_disagreement(summary):
             f"retrain[k={gone['k']}, {gone['arm']}, seed {gone['seed']}].fvu" in missing
             and assess(rows)["disagrees"]
         )
+
+
+def test_a_claim_that_one_side_was_not_asked_is_left_out(summary):
+    fewer = summary | {"claims": {name: claim for name, claim in summary["claims"].items() if name != "C7"}}
+    for rows in (compare(fewer, summary), compare(summary, fewer)):
+        assert not assess(rows)["disagrees"] and "claims.C7" not in {row["metric"] for row in rows}

@@ -258,7 +258,7 @@ def spoilt(path, value=None):
     "spoil, message",
     [
         (spoilt("cyclse", []), "cyclse"),
-        (spoilt("claims.C2"), "C2"),
+        (spoilt("claims.C2.detail"), "claims.C2.detail"),
         (spoilt("claims.C1.verdict", "true"), "verdict"),
         (spoilt("cycles.0.L0.noncore", 3), "noncore"),
         (spoilt("cycles.3"), "one row per cycle, 0 to 7"),
@@ -267,7 +267,7 @@ def spoilt(path, value=None):
         (spoilt("retrain.0.seed", 1), "same chain, k, arm and seed"),
         (spoilt("retrain.0.L0.total", 10.0), "not the sum"),
         (spoilt("inputs.threads", "2"), "threads"),
-        (spoilt("reviewers.R4"), "R4"),
+        (spoilt("reviewers.R4.numbers"), "reviewers.R4.numbers"),
         (spoilt("claims.C4.interval", [0.1]), "interval"),
         (spoilt("sizes.n_cycles", 0), "n_cycles"),
         (spoilt("cycles.1.fvu.full"), "cycles.1.fvu: .*lacks 'full'"),
@@ -280,6 +280,13 @@ def test_schema_refuses(summary, spoil, message):
     spoil(broken)
     with pytest.raises(UserError, match=message):
         validate(broken)
+
+
+def test_a_claim_that_nobody_judges_is_refused_and_a_new_one_may_be_missing(summary):
+    """Whoever adds a claim can read what was published before; nothing is shown whose meaning is not known."""
+    validate(summary | {"claims": {"C1": summary["claims"]["C1"]}})
+    with pytest.raises(UserError, match="claims: C9 is none of C1, C2"):
+        validate(summary | {"claims": summary["claims"] | {"C9": summary["claims"]["C1"]}})
 
 
 def test_when_where_and_how_fast_it_was_made_is_not_in_the_summary(small, monkeypatch):
