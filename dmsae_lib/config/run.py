@@ -20,23 +20,19 @@ class Run:
         self.folder = root / "runs" / name
 
     def cycle(self, cycle: int, part: str, chain: str = "main") -> Path:
-        """The folder of ``sae``, ``attribution``, ``core`` or a placebo of one cycle; chains of one seed
-        share cycle 0."""
+        """The folder of a cycle's ``sae``, ``attribution``, ``core`` or placebo; one seed shares cycle 0."""
         return self.base(self.config.trains(chain, cycle)) / f"cycle_{cycle}" / part
 
     def stage(self, cycle: int, step: str, chain: str = "main") -> str:
-        """The name of the stage that trains, attributes or distills (``step``) a cycle, in the chain where it
-        lies."""
+        """The name of the stage that trains, attributes or distills (``step``) a cycle, where that lies."""
         owner = self.config.trains(chain, cycle)
         return f"{'' if owner == 'main' else f'chain_{owner}_'}cycle_{cycle}_{step}"
 
     def load(self, cycle: int, part: str, chain: str = "main") -> Artifact:
-        """The artefact in :meth:`cycle`, verified; where it is not there, the error names the stage that
-        makes it."""
+        """The artefact in :meth:`cycle`, verified; the error for a missing one names the stage to make."""
         kind = "sae" if part.startswith("placebo_") else part
-        return load(
-            self.cycle(cycle, part, chain), kind, f"stages STAGE={self.stage(cycle, STEP[kind], chain)}"
-        )
+        made_by = f"stages STAGE={self.stage(cycle, STEP[kind], chain)}"
+        return load(self.cycle(cycle, part, chain), kind, made_by)
 
     def base(self, chain: str) -> Path:
         return self.folder if chain == "main" else self.folder / f"chain_{chain}"
@@ -58,12 +54,7 @@ def open_run(config: str, run: str = "", overrides: list[str] | tuple[str, ...] 
     expect(str, run=run)
     resolved = load_config(config, overrides)
     if run and not NAME.fullmatch(run):
-        raise UserError(
-            f"The run name {run!r} cannot be a folder name: use letters, digits, '.', '_' and '-'."
-        )
+        raise UserError(f"The run name {run!r} cannot name a folder: use letters, digits, '.', '_' and '-'.")
     plain = not overrides or resolved == load_config(config)
-    return Run(
-        resolved,
-        run or (resolved.name if plain else f"{resolved.name}--{resolved.hash[:8]}"),
-        artifacts.repository_root(),
-    )
+    name = run or (resolved.name if plain else f"{resolved.name}--{resolved.hash[:8]}")
+    return Run(resolved, name, artifacts.repository_root())

@@ -4,6 +4,7 @@ Every default that the paper does not fix is one of our decisions; ``configs/gem
 source of each value.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -67,7 +68,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     name: Local  # an embedded name, a local Hub-format folder, or a Hub id
-    hook_name: str = Field(pattern=r"^blocks\.\d+\.hook_resid_post$")
+    hook_name: str  # the residual stream after a block
     context_size: Annotated[int, Field(ge=8)]
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_rows: Positive = 32  # contexts per forward pass
@@ -76,8 +77,10 @@ class ModelConfig(Section):
     @field_validator("hook_name")
     @classmethod
     def _as_transformer_lens_writes_it(cls, name: str) -> str:
-        blocks, layer, place = name.split(".")
-        return f"{blocks}.{int(layer)}.{place}"  # 01 is 1
+        found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", name, re.ASCII)
+        if not found:
+            raise ValueError(f"is {name!r}: write it like blocks.12.hook_resid_post; no other place is taken")
+        return f"blocks.{int(found[1])}.hook_resid_post"  # 01 is 1
 
 
 class DataConfig(Section):
@@ -141,8 +144,7 @@ class TrainingConfig(CoreSettings):
 
 
 class Chain(Section):
-    """A further distillation chain beside the main one: its own seed, or core settings other than those of
-    ``training``."""
+    """A distillation chain beside the main one, of another seed or other core settings than ``training``."""
 
     name: Name
     seed: int = Field(0, ge=0)

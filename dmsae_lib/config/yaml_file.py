@@ -1,5 +1,4 @@
-"""From what a user wrote to checked settings: YAML, overrides and notebook parameters, each mistake one
-sentence."""
+"""From what a user wrote to checked settings: YAML, overrides, notebook parameters."""
 
 import difflib
 import re
@@ -12,10 +11,6 @@ from pydantic import BaseModel, ValidationError
 from dmsae_lib.store.artifacts import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
-# An example says more than a regular expression.
-SHOWN = {
-    "model.hook_name": "blocks.12.hook_resid_post, the residual stream after a block: no other place is taken"
-}
 KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list of text"}
 # One override: what is in quotes stays together, and so does whatever stands before the next ` section.key=`.
 OVERRIDE = re.compile(r"""(?:(?<!\w)(?:"[^"]*"|'[^']*')|(?!\s+[A-Za-z_][\w.]*=).)+""", re.DOTALL)
@@ -51,8 +46,7 @@ def expect(kind: type, **parameters: Any) -> None:
 
 
 def read_tree(path: Path, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """The settings in a YAML file, with ``section.key=value`` overrides applied; UserError where they are
-    none."""
+    """The settings in a YAML file, with ``section.key=value`` overrides applied. Raises UserError."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     # a date that is none, bytes that are no text, bottomless nesting
@@ -78,11 +72,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         tree[last] = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"Override {override!r}: the value is not valid YAML ({' '.join(str(error).split())[:80]}); mend "
-            "it, "
-            "or put it in quotes."
-        ) from error
+        said = " ".join(str(error).split())[:80]
+        mend = f"the value is not valid YAML ({said}); mend it, or put it in quotes"
+        raise UserError(f"Override {override!r}: {mend}.") from error
 
 
 def validated(model: type[Model], tree: dict[str, Any], where: str, context: dict[str, Any]) -> Model:
@@ -114,7 +106,4 @@ def _one_sentence(model: type[BaseModel], error: ValidationError, where: str) ->
         return f"{where}: the key {key} is missing; add it."
     if first["type"] == "value_error":
         return f"{where}: {key}{' ' if key else ''}{first['ctx']['error']}."
-    expected = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-    if first["type"] == "string_pattern_mismatch":
-        expected = f"it must look like {SHOWN.get(key, 'a-name')}"
-    return f"{where}: {key} is {first['input']!r}, but {expected}."
+    return f"{where}: {key} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}."

@@ -144,7 +144,7 @@ def test_a_run_is_named_by_its_configuration_and_its_overrides():
     "name", ["..", ".", "../results", "a/b", "/tmp/x", "-x", ".hidden", "a b", "a\n", "über", "a$b"]
 )
 def test_a_run_cannot_leave_the_folder_of_runs(name):
-    with pytest.raises(UserError, match="cannot be a folder name: use letters, digits"):
+    with pytest.raises(UserError, match="cannot name a folder: use letters, digits"):
         open_run("smoke", name)
     with pytest.raises(UserError, match="name is"):
         load_config("smoke", [f"name={yaml.safe_dump(name)}"])

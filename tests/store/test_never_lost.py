@@ -434,7 +434,7 @@ def test_names_in_a_configuration_stay_inside_the_run(root, override):
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", ".x", "a/b", "x\n", "~"])
 def test_run_names_stay_inside_runs(root, name):
     before = sorted(root.parent.rglob("*"))
-    with pytest.raises(UserError, match="cannot be a folder name"):
+    with pytest.raises(UserError, match="cannot name a folder"):
         open_tiny(root, name)
     assert sorted(root.parent.rglob("*")) == before
 
