@@ -36,9 +36,8 @@ def test_differences_are_paired_by_training_seed_and_draws_are_told_apart(run):
     summary = summarise(run)
     (row,) = [row for row in summary["differences"] if row["metric"] == FULL]
     assert (row["k"], row["n"], row["better"], row["sign"]) == (64, 3, -1, "+")
-    assert row["value"] == pytest.approx(
-        0.21, rel=1e-4
-    )  # mean of 0.20, 0.21, 0.22: the seeds' own levels drop out
+    # mean of 0.20, 0.21, 0.22: the seeds' own levels drop out
+    assert row["value"] == pytest.approx(0.21, rel=1e-4)
     half = 4.302652730 * 0.01 / 3**0.5
     assert row["interval"] == pytest.approx([0.21 - half, 0.21 + half], rel=1e-4)
     # 0.2, 0.3, 0.4
@@ -58,14 +57,11 @@ def test_differences_are_those_of_the_main_chain(run):
         row | {"chain": "b", "loss_increase": row["loss_increase"] + (row["arm"] == "distilled")}
         for row in summary["retrain"]
     ]
-    assert scores.differences(summary["retrain"] + other, {}, 0.0) == scores.differences(
-        summary["retrain"], {}, 0.0
-    )
+    rows = summary["retrain"]
+    assert scores.differences(rows + other, {}, 0.0) == scores.differences(rows, {}, 0.0)
     loss = [row for row in summary["differences"] if row["metric"] == "loss_increase"]
-    assert [(row["k"], row["n"], row["better"], row["sign"]) for row in loss] == [
-        (64, 3, -1, "+"),
-        (96, 3, -1, "+"),
-    ]
+    found = [(row["k"], row["n"], row["better"], row["sign"]) for row in loss]
+    assert found == [(64, 3, -1, "+"), (96, 3, -1, "+")]
     assert all(row["value"] == pytest.approx(factory.EFFECT["distilled"], rel=1e-4) for row in loss)
 
 
@@ -78,12 +74,14 @@ def test_every_score_is_in_the_table_with_its_seeds_and_a_missing_one_with_its_r
             (r["k"], r["arm"], r["seed"], r["name"], r["eval_seed"], r["metric"]): r["value"]
             for r in csv.DictReader(handle)
         }
-    assert float(rows["64", "distilled", "0", "absorption", "2", FULL.partition(".")[2]]) == pytest.approx(
-        0.7
+    full, top1 = (
+        float(rows[key])
+        for key in (
+            ("64", "distilled", "0", "absorption", "2", FULL.partition(".")[2]),
+            ("96", "none", "1", "sparse_probing", "0", "probe_top1"),
+        )
     )
-    assert float(rows["96", "none", "1", "sparse_probing", "0", "probe_top1"]) == pytest.approx(
-        factory.probe("none", 96.0, 1), rel=1e-5
-    )
+    assert full == pytest.approx(0.7) and top1 == pytest.approx(factory.probe("none", 96.0, 1), rel=1e-5)
     missing = {key[-1]: value for key, value in rows.items() if key[:4] == ("96", "none", "2", "absorption")}
     assert missing == {"not_run": "the model cannot spell", "probe_f1.a": "0.25", "probe_f1.b": "0.5"}
 
@@ -99,27 +97,15 @@ def test_every_eval_says_whether_it_ran_and_else_why(run):
     assert list(evals) == list(EVALS)
     # 2 k's x 3 seeds x {none, distilled}
     assert evals["core"]["scores"] == 12 and evals["core"]["not_run"] is None
-    assert evals["absorption"] == {
-        "needs": EVALS["absorption"].needs,
-        "doubt": "",
-        "scores": 0,
-        "not_run": "`make saebench` was not run",
-    }
-    factory.write_scores(
-        run, Task(64, "none", 0, "absorption", 0), {"metrics": {}, "not_run": "the model cannot spell"}
-    )
+    skipped = {"needs": EVALS["absorption"].needs, "doubt": "", "scores": 0}
+    assert evals["absorption"] == skipped | {"not_run": "`make saebench` was not run"}
+    result = {"metrics": {}, "not_run": "the model cannot spell"}
+    factory.write_scores(run, Task(64, "none", 0, "absorption", 0), result)
     summary = summarise(run)
-    assert summary["evals"]["absorption"] | {"needs": ""} == {
-        "needs": "",
-        "doubt": "",
-        "scores": 0,
-        "not_run": "the model cannot spell",
-    }
+    assert summary["evals"]["absorption"] == skipped | {"not_run": "the model cannot spell"}
     assert not any(row["metric"] == FULL for row in summary["differences"])
-    assert (
-        scores.eval_rows({}, asked=(), outliers=0.0)["core"]["not_run"]
-        == "the configuration does not ask for it"
-    )
+    unasked = scores.eval_rows({}, asked=(), outliers=0.0)["core"]
+    assert unasked["not_run"] == "the configuration does not ask for it"
 
 
 def test_the_core_eval_is_doubted_where_there_are_outliers():

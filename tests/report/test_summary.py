@@ -53,12 +53,8 @@ def test_cycles_and_final_core(summary):
     assert last["jaccard"] == pytest.approx(107 / 115, rel=1e-5) and summary["cycles"][0]["jaccard"] is None
     assert last["placebos"]["random_directions"]["kept"] == 2 and summary["cycles"][0]["placebos"] == {}
     sizes = {"all_of_last": 112, "last_two": 108, "every_since_first": 108, "alive_since_0": 23}
-    assert summary["final_core"] == {
-        "reading": "last_two",
-        "size": 108,
-        "sizes": sizes,
-        "lineage": "core_lineage.json",
-    }
+    final = {"reading": "last_two", "size": 108, "sizes": sizes, "lineage": "core_lineage.json"}
+    assert summary["final_core"] == final
 
 
 def test_retrain_rows(summary):
@@ -81,27 +77,16 @@ def test_retrain_rows(summary):
         (64, False),
         (96, False),
     }
-    assert summary["probing_baselines"] == {
-        "dense": 0.93,
-        "best_channel": 0.72,
-        "majority": 0.5,
-        "n_sets": 2,
-        "dropped": ["c"],
-    }
+    baselines = {"dense": 0.93, "best_channel": 0.72, "majority": 0.5, "n_sets": 2, "dropped": ["c"]}
+    assert summary["probing_baselines"] == baselines
     assert {row["arm"] for row in summary["heatmap"]} == {"none", "distilled"}
 
 
 def test_claims_and_answers_of_the_known_effects(summary):
     claims = summary["claims"]
-    assert {name: claim["verdict"] for name, claim in claims.items()} == {
-        "C1": "not decidable",
-        "C2": "not decidable",
-        "C3": "holds",
-        "C4": "not decidable",
-        "C5": "not decidable",
-        "C6": "not decidable",
-        "C7": "not decidable",
-    }  # one chain decides nothing about cores
+    # one chain decides nothing about cores
+    assert {name for name, claim in claims.items() if claim["verdict"] != "not decidable"} == {"C3"}
+    assert claims["C3"]["verdict"] == "holds"
     found = {(p["part"], p["k"]): p for p in claims["C4"]["parts"]}
     gap = factory.EFFECT["distilled"] - factory.EFFECT["random"]
     assert (
@@ -179,18 +164,11 @@ def test_claims_over_five_chains_of_known_effects(tmp_path):
         ]
     summary = summarise(factory.build_run(tmp_path, config, scored=False), identity)
     claims = summary["claims"]
-    assert {name: claim["verdict"] for name, claim in claims.items()} == {
-        "C1": "does not hold",
-        "C2": "holds",
-        "C3": "not decidable",
-        "C4": "holds",
-        "C5": "holds",
-        "C6": "holds",
-        "C7": "holds",
-    }
-    assert {name for name, claim in claims.items() if claim["n"] != 5} == {"C3"} and len(
-        claims["C4"]["parts"]
-    ) == 2 * len(CONTROLS)
+    verdicts = {name: claim["verdict"] for name, claim in claims.items()}
+    others = {"C1": "does not hold", "C3": "not decidable"}
+    assert verdicts == dict.fromkeys(claims, "holds") | others
+    assert {name for name, claim in claims.items() if claim["n"] != 5} == {"C3"}
+    assert len(claims["C4"]["parts"]) == 2 * len(CONTROLS)
     # Chain i lies 0.001 (i - 1) beyond the effect.
     assert claims["C5"]["value"] == pytest.approx(factory.EFFECT["distilled"] + factory.JITTER, abs=1e-5)
     assert claims["C2"]["parts"][0]["p"] == pytest.approx(2 / 252, rel=1e-5)
@@ -283,7 +261,7 @@ def test_schema_refuses(summary, spoil, message):
 
 
 def test_a_claim_that_nobody_judges_is_refused_and_a_new_one_may_be_missing(summary):
-    """Whoever adds a claim can read what was published before; nothing is shown whose meaning is not known."""
+    """Whoever adds a claim can read what was published before."""
     validate(summary | {"claims": {"C1": summary["claims"]["C1"]}})
     with pytest.raises(UserError, match="claims: C9 is none of C1, C2"):
         validate(summary | {"claims": summary["claims"] | {"C9": summary["claims"]["C1"]}})
