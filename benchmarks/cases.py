@@ -50,7 +50,8 @@ class Case:
     """
 
     name: str
-    # "step", "installed" (peers without our malloc settings), "width" and "many" (growth), "share" (of active latents)
+    # "step", "installed" (peers without our malloc settings), "width" and "many" (growth), "share" (of
+    # active latents)
     kind: str
     shape: Shape
     contestants: tuple[str, ...]

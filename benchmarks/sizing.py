@@ -14,7 +14,7 @@ from dmsae_lib.data.model_folder import resolve
 from dmsae_lib.sae.entries import SPARSE_BELOW
 from dmsae_lib.store.artifacts import UserError
 
-# norms per block; MLPs of three matrices
+# architectures whose MLPs have three matrices, and their norms per block
 GATED = {"llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 2, "gemma": 2, "gemma2": 4}
 # Bytes per element beside the operands of the products, counted from gradients.py. Over (B, d_sae): the
 # selection; with dense products f, its gradient and their masks; on CUDA a top-k of fixed shape and copies in
@@ -27,8 +27,7 @@ ENCODE_BYTES = 30  # per entry of an inference encoding: bias, ReLU, threshold, 
 
 @dataclass(frozen=True)
 class Op:
-    """One kind of work. ``forward``: done by the language model, whose share of the peak is another than the
-    SAE's."""
+    """One kind of work; ``forward``: the language model's, whose share of the peak is not the SAE's."""
 
     name: str
     flops: float = 0.0
@@ -41,8 +40,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in FLOP/s and bytes/s as they are reached, not peaks; ``device`` is cpu or cuda; sizes in
-    bytes."""
+    """Rates in FLOP/s and bytes/s as they are reached, not peaks; ``device``: cpu or cuda; sizes in bytes."""
 
     name: str
     device: str
@@ -53,16 +51,13 @@ class Machine:
     cache: float  # a table that fits in here is read from memory once, however often its rows are gathered
 
     def seconds(self, ops: Iterable[Op]) -> float:
-        return sum(
-            max(op.flops / (self.forward if op.forward else self.product), op.bytes / self.bandwidth)
-            for op in ops
-        )
+        rate = {True: self.forward, False: self.product}
+        return sum(max(op.flops / rate[op.forward], op.bytes / self.bandwidth) for op in ops)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder-only transformer with gated MLPs (three matrices) and tied or untied embeddings, without
-    biases."""
+    """A decoder-only transformer without biases; MLPs are gated (three matrices), embeddings tied or not."""
 
     layers: int
     d_model: int
@@ -86,8 +81,7 @@ class Shape:
         return outside + self.layers * (self.block + self.norms * self.d_model)
 
     def forward(self, positions: float, blocks: int, context: int, element: int, logits: bool = False) -> Op:
-        """A pass through ``blocks`` blocks, and to the logits. Attention is eager: every pair of positions is
-        multiplied."""
+        """A pass through ``blocks`` blocks, and to the logits; attention is eager, over every pair."""
         attention = 4 * context * self.heads * self.head_dim
         flops = blocks * (2 * self.block + attention) + logits * 2 * self.d_model * self.vocabulary
         moved = blocks * element * (24 * self.d_model + 6 * self.d_mlp + 8 * self.heads * context)
@@ -95,12 +89,10 @@ class Shape:
         return Op("language model forward", positions * flops, positions * moved, forward=True)
 
     def backward(self, positions: float, blocks: int, context: int, element: int) -> Op:
-        """Back from the loss through ``blocks`` blocks to the activations; the frozen weights get no
-        gradient."""
+        """Back from the loss through ``blocks`` blocks to the activations; frozen weights get no gradient."""
         op = self.forward(positions, blocks, context, element, logits=True)
-        second = (
-            4 * context * self.heads * self.head_dim * blocks * positions
-        )  # attention's products have two inputs
+        # attention's products have two inputs
+        second = 4 * context * self.heads * self.head_dim * blocks * positions
         return Op("language model backward", op.flops + second, op.bytes, forward=True)
 
 
@@ -120,28 +112,27 @@ def shape_of(name: str) -> Shape:
 
     hub = AutoConfig.from_pretrained(resolve(name)).get_text_config()
     if hub.model_type not in GATED:
+        known = ", ".join(GATED)
         raise UserError(
-            f"model.name is {name}, a {hub.model_type} model: sizing knows {', '.join(GATED)}; use one of "
-            "these."
+            f"model.name is {name}, a {hub.model_type} model: sizing knows {known}; use one of these."
         )
     heads = hub.num_attention_heads
     return Shape(
-        hub.num_hidden_layers,
-        hub.hidden_size,
-        hub.intermediate_size,
-        heads,
-        getattr(hub, "num_key_value_heads", None) or heads,
-        getattr(hub, "head_dim", None) or hub.hidden_size // heads,
-        hub.vocab_size,
-        GATED[hub.model_type],
-        hub.tie_word_embeddings,
+        layers=hub.num_hidden_layers,
+        d_model=hub.hidden_size,
+        d_mlp=hub.intermediate_size,
+        heads=heads,
+        kv_heads=getattr(hub, "num_key_value_heads", None) or heads,
+        head_dim=getattr(hub, "head_dim", None) or hub.hidden_size // heads,
+        vocabulary=hub.vocab_size,
+        norms=GATED[hub.model_type],
+        tied=hub.tie_word_embeddings,
     )
 
 
 @dataclass(frozen=True)
 class SAESize:
-    """What a :class:`~dmsae_lib.sae.model.MatryoshkaSAE` holds; ``prefixes`` without the last, as in the
-    configuration."""
+    """What a MatryoshkaSAE holds; ``prefixes`` without the last, as in the configuration."""
 
     d_in: int
     d_sae: int
@@ -155,8 +146,7 @@ class SAESize:
 
     @property
     def file(self) -> int:
-        """Bytes of the tensors in sae.safetensors: parameters and core rows in float32, two thresholds in
-        float64."""
+        """Bytes of sae.safetensors' tensors: parameters and core rows in float32, thresholds in float64."""
         return 4 * (self.trained + self.core * self.d_in) + 16
 
     @property
@@ -166,13 +156,11 @@ class SAESize:
 
     @property
     def training(self) -> int:
-        """Bytes that live from step to step: parameters, gradients and both moments in float32; core rows
-        alone."""
+        """Bytes that live from step to step: parameters, gradients and both moments in float32; core rows."""
         return 16 * self.trained + 4 * self.core * self.d_in
 
     def sparse(self, k: int, device: str) -> bool:
-        """Whether a training step multiplies active entries alone (the rule of
-        :mod:`dmsae_lib.sae.entries`)."""
+        """Whether a training step multiplies active entries alone (the rule of dmsae_lib.sae.entries)."""
         return k < SPARSE_BELOW[device] * (self.d_sae - self.core)
 
     def step(self, batch: int, k: int, machine: Machine, dead: int = 0) -> list[Op]:
@@ -197,20 +185,16 @@ class SAESize:
             # and two gradients written
             ops.append(Op("active entries", 8 * batch * k * d_in, gathered + 8 * weights))
         else:
-            ops += [
-                Op("dense products", 8 * batch * free * d_in, 4 * operands),
-                Op("dense masks", 0, DENSE_BYTES * matrix),
-            ]
+            ops.append(Op("dense products", 8 * batch * free * d_in, 4 * operands))
+            ops.append(Op("dense masks", 0, DENSE_BYTES * matrix))
         if dead:
             rows = free if cuda else dead  # on CUDA shapes are fixed: all latents, most of them 0
-            ops.append(
-                Op("AuxK", 8 * batch * rows * d_in, 4 * operands * rows / self.d_sae + 28 * batch * rows)
-            )
+            moved = 4 * operands * rows / self.d_sae + 28 * batch * rows
+            ops.append(Op("AuxK", 8 * batch * rows * d_in, moved))
         return ops
 
     def encode(self, tokens: float, first: int | None = None) -> Op:
-        """Inference activations of ``tokens``, all or those of the ``first`` latents, and what is counted in
-        them."""
+        """Inference activations of ``tokens``, of all latents or the ``first``, and the counts of them."""
         latents = self.d_sae if first is None else first
         return Op("SAE encode", 2 * tokens * self.d_in * latents, ENCODE_BYTES * tokens * latents)
 

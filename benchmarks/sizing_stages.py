@@ -30,8 +30,7 @@ ROOM = 0.9  # share of a GPU's memory that jointly trained SAEs may fill
 
 @dataclass(frozen=True)
 class Text:
-    """What a corpus is like: the share of positions that count (neither BOS nor padding), usable tokens per
-    document."""
+    """A corpus: the share of positions that count (neither BOS nor padding), usable tokens per document."""
 
     usable: float
     document: int
@@ -43,8 +42,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of stage, all of its processes together. ``memory`` is the peak of one of them, ``disk`` what
-    stays."""
+    """One kind of stage, all of its processes together; ``memory``: the peak of one, ``disk``: what stays."""
 
     kind: str
     processes: int
@@ -74,6 +72,7 @@ class Sizing:
     ):
         self.config, self.shape, self.machine, self.text, self.dead = config, shape, machine, text, dead
         self.blocks = int(config.model.hook_name.split(".")[1]) + 1  # below the hook
+        self.context = config.model.context_size
         self.element = 4 if config.model.dtype == "float32" else 2
         self.plain, self.cored = (
             SAESize(shape.d_model, config.sae.d_sae, c, tuple(config.sae.prefixes)) for c in (0, core)
@@ -83,48 +82,33 @@ class Sizing:
 
     def lower(self, tokens: float) -> Op:
         """The model up to the hook, over the contexts that hold ``tokens`` usable tokens."""
-        return self.shape.forward(
-            tokens / self.text.usable, self.blocks, self.config.model.context_size, self.element
-        )
+        return self.shape.forward(tokens / self.text.usable, self.blocks, self.context, self.element)
 
     def whole(self, tokens: float) -> Op:
         """The whole model; with something else in the hook's place the blocks below run too."""
-        return self.shape.forward(
-            tokens / self.text.usable, self.shape.layers, self.config.model.context_size, self.element, True
-        )
+        positions = tokens / self.text.usable
+        return self.shape.forward(positions, self.shape.layers, self.context, self.element, logits=True)
 
     def _fit(self, sae: SAESize, k: int, factor: int = 1) -> list[Op]:
         """Train on given batches, calibrate the threshold, measure on `test`."""
         cfg = self.config
         select = min(CALIBRATION_TOKENS, self.text.collected(cfg.data.select_tokens))
         test = self.text.collected(cfg.data.test_tokens)
-        return [
-            *(op * cfg.steps(factor) for op in sae.step(cfg.training.batch_size, k, self.machine, self.dead)),
-            self.lower(select),
-            sae.encode(select),
-            self.lower(test),
-            self.whole(2 * test),
-            sae.encode(test),
-            sae.decode(test),
-        ]
+        step = sae.step(cfg.training.batch_size, k, self.machine, self.dead)
+        ops = [*(op * cfg.steps(factor) for op in step), self.lower(select), sae.encode(select)]
+        return [*ops, self.lower(test), self.whole(2 * test), sae.encode(test), sae.decode(test)]
 
     def _attribute(self, sae: SAESize) -> list[Op]:
-        tokens, context = self.text.collected(self.config.data.select_tokens), self.config.model.context_size
+        tokens = self.text.collected(self.config.data.select_tokens)
         # encoded and decoded at all positions
         positions, candidates = tokens / self.text.usable, sae.core + sae.prefixes[0]
-        back = self.shape.backward(positions, self.shape.layers - self.blocks, context, self.element)
-        return [
-            self.lower(tokens),
-            self.whole(tokens),
-            back,
-            sae.encode(positions, candidates),
-            # sums in float64
-            Op("contributions", 2 * (positions + tokens) * candidates * sae.d_in, 120 * tokens * candidates),
-        ]
+        back = self.shape.backward(positions, self.shape.layers - self.blocks, self.context, self.element)
+        flops, moved = 2 * (positions + tokens) * candidates * sae.d_in, 120 * tokens * candidates
+        ops = [self.lower(tokens), self.whole(tokens), back, sae.encode(positions, candidates)]
+        return [*ops, Op("contributions", flops, moved)]  # sums in float64
 
     def _streamed(self, jobs: Iterable[tuple[bool, int]]) -> float:
-        """Tokens that the model makes for (fresh, factor) jobs of one order: they share a pass, ``together``
-        at most."""
+        """Tokens that the model makes for (fresh, factor) jobs of one order, ``together`` on a pass."""
         groups: dict[bool, list[int]] = {}
         for fresh, factor in jobs:
             if fresh or self.config.data.store == "stream":
@@ -142,7 +126,7 @@ class Sizing:
         """The model, a block of activations, ``saes`` SAEs with their optimisers, one step's matrices; and
         what measuring the first finished one takes while all the others are still there."""
         cfg = self.config
-        block = 4 * cfg.data.buffer_rows * cfg.model.context_size * self.text.usable * self.shape.d_model
+        block = 4 * cfg.data.buffer_rows * self.context * self.text.usable * self.shape.d_model
         matrices = 2 if self.cored.sparse(k, self.machine.device) else 4
         step = 4 * matrices * cfg.training.batch_size * cfg.sae.d_sae
         measuring = self.logits_memory(backward=False) - self.model_bytes + self.kept_residuals
@@ -151,21 +135,17 @@ class Sizing:
 
     @property
     def kept_residuals(self) -> float:
-        """Those on which thresholds are set and, where they are few enough to keep, those of the test
-        split."""
+        """Those on which thresholds are set and, where they are few, those of the test split."""
         data, width = self.config.data, 4 * self.shape.d_model
         tested = width * self.text.collected(data.test_tokens) / self.text.usable
-        return width * min(CALIBRATION_TOKENS, data.select_tokens) + (
-            tested if tested <= MEASURING_BYTES else 0
-        )
+        calibrated = width * min(CALIBRATION_TOKENS, data.select_tokens)
+        return calibrated + (tested if tested <= MEASURING_BYTES else 0)
 
     def logits_memory(self, backward: bool) -> float:
-        """The model, an SAE, its activations and the logits of one batch, with float32 copies for the
-        loss."""
-        cfg = self.config
-        positions = cfg.model.batch_rows * cfg.model.context_size
+        """The model, an SAE, its activations and one batch's logits, with float32 copies for the loss."""
+        positions = self.config.model.batch_rows * self.context
         logits = positions * self.shape.vocabulary * (self.element + 8) * (2 if backward else 1)
-        return self.model_bytes + self.plain.file + logits + 12 * positions * cfg.sae.d_sae
+        return self.model_bytes + self.plain.file + logits + 12 * positions * self.config.sae.d_sae
 
     @property
     def fits(self) -> int:
@@ -191,8 +171,7 @@ class Sizing:
         return sum(4 * self.text.collected(tokens) / self.text.usable for tokens in wanted)
 
     def checkpoints(self, saes: int) -> int:
-        """Disk that ``saes`` jointly trained SAEs need while they train: a checkpoint each, one of them
-        twice."""
+        """Disk for ``saes`` SAEs while they train together: a checkpoint each, one of them twice."""
         return (saes + 1) * self.plain.checkpoint
 
     # Stages
@@ -208,21 +187,16 @@ class Sizing:
 
     @cached_property
     def cycles(self) -> tuple[int, int, int]:
-        """How many SAEs without a core, with one, and placebos the distillation chains train; some share
-        their first."""
-        chains = self.config.chains
-        last, first = self.config.distill.cycles, {self.config.trains(chain, 0) for chain in chains}
-        return (
-            len(first),
-            last * len(chains),
-            last * sum(len(self.config.for_chain(chain).distill.placebos) for chain in chains),
-        )
+        """SAEs without a core, with one, and placebos of the distillation chains; some share their first."""
+        cfg, last = self.config, self.config.distill.cycles
+        first = {cfg.trains(chain, 0) for chain in cfg.chains}
+        placebos = sum(len(cfg.for_chain(chain).distill.placebos) for chain in cfg.chains)
+        return len(first), last * len(cfg.chains), last * placebos
 
     def harvest(self) -> Stage:
-        """One pass below the hook, also where nothing is stored: it measures the scale. Then the reference
-        losses."""
+        """One pass below the hook, stored or not, since it measures the scale; then the reference losses."""
         data, test = self.config.data, self.text.collected(self.config.data.test_tokens)
-        sample = NORM_SAMPLE_ROWS * self.config.model.context_size * self.text.usable
+        sample = NORM_SAMPLE_ROWS * self.context * self.text.usable
         # bare, zero and mean ablation
         ops = [self.lower(data.train_tokens + sample + test), self.whole(3 * test)]
         disk = self.token_files + (self.shards if data.store == "disk" else 0)
@@ -230,14 +204,9 @@ class Sizing:
 
     def train(self) -> Stage:
         k, (plain, cored, placebos) = self.config.training.k, self.cycles
-        ops = [
-            op * n
-            for n, sae in ((plain, self.plain), (cored + placebos, self.cored))
-            for op in self._fit(sae, k)
-        ]
-        ops.append(
-            self.lower((plain + cored) * self._streamed([(False, 1)]))
-        )  # placebos share their cycle's pass
+        counts = ((plain, self.plain), (cored + placebos, self.cored))
+        ops = [op * n for n, sae in counts for op in self._fit(sae, k)]
+        ops.append(self.lower((plain + cored) * self._streamed([(False, 1)])))  # placebos share their cycle's
         at_once = 1 + min(len(self.config.distill.placebos), self.together - 1)
         disk = plain * self.plain.file + (cored + placebos) * self.cored.file
         return Stage("train", plain + cored, ops, self.training_memory(at_once, k), disk)
@@ -259,8 +228,7 @@ class Sizing:
         return Stage("learning_rate", min(n, 1), ops, self.training_memory(min(2 * n, self.together), k), 0)
 
     def retrain(self) -> Stage:
-        """Every k, arm and seed of a chain on one pass over the data, as many together as are allowed and
-        fit."""
+        """Every k, arm and seed of a chain on one pass over the data, as many together as may and fit."""
         ops, disk, seed_0 = [], 0, self.config.retrain.seeds[0]
         for chain, saes in self.retrained.items():
             jobs = []
@@ -274,25 +242,20 @@ class Sizing:
                     ops += self._attribute(sae)  # for the heat map of core sizes
             ops.append(self.lower(self._streamed(jobs)))
         at_once = min(self.together, max(map(len, self.retrained.values())))
-        memory = max(
-            self.training_memory(at_once, max(self.config.retrain.ks)), self.logits_memory(backward=True)
-        )
+        training = self.training_memory(at_once, max(self.config.retrain.ks))
+        memory = max(training, self.logits_memory(backward=True))
         return Stage("retrain", len(self.retrained), ops, memory, disk)
 
     def saebench(self) -> Stage:
         """The passes and encodings of both evals; the fits of the probes are not predicted."""
         cfg, n = self.config, sum(arm in self.config.saebench.arms for _, arm, _ in self.retrained["main"])
         sets = len(PROBING_SETS if cfg.saebench.probing_sets is None else cfg.saebench.probing_sets)
-        tokens = cfg.saebench.core_rows * cfg.model.context_size * self.text.usable
-        texts = sets * PROBING_TEXTS
-        outputs = 2 * self.element * cfg.saebench.core_rows * cfg.model.context_size * self.shape.vocabulary
+        positions, texts = cfg.saebench.core_rows * self.context, sets * PROBING_TEXTS
+        tokens, outputs = positions * self.text.usable, 2 * self.element * positions * self.shape.vocabulary
         alike = 2 if outputs <= SHARED_BYTES else 2 * n  # passes of the clean and of the zero-ablated model
-        ops = [
-            self.whole((alike + n) * tokens),
-            self.lower(n * tokens),
-            self.cored.encode(n * (2 * tokens + texts)),
-            self.lower(texts * min(self.text.document, cfg.model.context_size)),
-        ]
+        ops = [self.whole((alike + n) * tokens), self.lower(n * tokens)]
+        ops.append(self.cored.encode(n * (2 * tokens + texts)))
+        ops.append(self.lower(texts * min(self.text.document, self.context)))
         return Stage("saebench", 1, ops, self.logits_memory(backward=False), 0)
 
     def stages(self) -> list[Stage]:
@@ -301,8 +264,6 @@ class Sizing:
 
 
 def published(results: Results) -> dict[str, Any]:
-    """What a published run measured: ``seconds`` and ``processes`` by kind of stage, ``hardware`` and
-    ``threads``."""
-    return {name: results.made[name] for name in ("seconds", "processes", "hardware")} | {
-        "threads": results.summary["inputs"]["threads"]
-    }
+    """What a published run measured: seconds and processes by kind of stage, hardware, threads."""
+    measured = {name: results.made[name] for name in ("seconds", "processes", "hardware")}
+    return measured | {"threads": results.summary["inputs"]["threads"]}

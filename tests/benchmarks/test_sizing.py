@@ -104,9 +104,8 @@ def test_an_sae_holds_and_writes_the_bytes_that_it_should(tmp_path, core):
     trainer.train_step(toy_sae.batch(0))
     trainer.save(tmp_path / "checkpoint", {})
     assert size.checkpoint == tensors_in(tmp_path / "checkpoint" / "state.safetensors")
-    moments = [
-        state[name] for state in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
-    ]
+    states = trainer.optimizer.state.values()
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
     live = [*sae.parameters(), *(p.grad for p in sae.parameters()), *moments, sae.core_rows]
     assert size.training == sum(tensor.nbytes for tensor in live)
 
@@ -134,8 +133,7 @@ def test_a_sparse_step_leaves_the_encoder_and_the_core_to_dense_products():
 
 
 def test_attribution_takes_the_flops_of_its_candidates_at_all_positions():
-    """Of the SAE's part: the model is one that multiplies nothing. Half of each context is padding, which is
-    encoded, too."""
+    """Of the SAE's part: the model is one that multiplies nothing. Half of each context is padding, encoded."""
     config = load_config("default", ["data.select_tokens=1000", "model.context_size=16"])
     sized = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(0.5, 8), core=5)
     sae = MatryoshkaSAE(128, config.sae.d_sae, config.sae.prefixes, torch.ones(5, 128)).requires_grad_(False)
@@ -167,9 +165,8 @@ def test_the_slower_of_arithmetic_and_memory_decides_for_each_operation():
 
 def test_the_token_files_are_those_that_tokenising_leaves(tmp_path):
     words = 40
-    (tmp_path / "text.jsonl").write_text(
-        "\n".join(json.dumps({"text": f"{i}" + " a" * (words - 1)}) for i in range(12_000))
-    )
+    texts = (f"{i}" + " a" * (words - 1) for i in range(12_000))
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
 
     class Words:
         bos_token_id = 0
@@ -177,19 +174,10 @@ def test_the_token_files_are_those_that_tokenising_leaves(tmp_path):
         def __call__(self, texts, **_):
             return {"input_ids": [[5] * len(text.split()) for text in texts]}
 
-    config = load_config(
-        "default",
-        [
-            f"data.source={tmp_path / 'text.jsonl'}",
-            "data.packing=one_per_row",
-            "data.fresh_factor=8",
-            "data.train_tokens=1875",
-            "data.select_tokens=400",
-            "data.test_tokens=10240",
-            "model.context_size=64",
-            "training.batch_size=100",
-        ],
-    )
+    data = f"data.source={tmp_path / 'text.jsonl'} data.packing=one_per_row data.fresh_factor=8"
+    sizes = "data.train_tokens=1875 data.select_tokens=400 data.test_tokens=10240"
+    sizes += " model.context_size=64 training.batch_size=100"
+    config = load_config("default", [*data.split(), *sizes.split()])
     made = tokenise(config.data, Words(), 64)
     sized = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(words / 64, words), core=10)
     assert sized.token_files == sum(split.tokens.nbytes for split in made.values())
@@ -201,26 +189,20 @@ def test_the_token_files_are_those_that_tokenising_leaves(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_shards_are_those_that_harvesting_leaves(tmp_path, tiny_llama, random_split, dtype):
     small = tiny_llama.config.model_copy(update={"dtype": dtype})
-    config = load_config(
-        "default", ["data.train_tokens=2000", "training.batch_size=100", "data.fresh_factor=8"]
-    )
+    changes = ["data.train_tokens=2000", "training.batch_size=100", "data.fresh_factor=8"]
+    config = load_config("default", changes)
     config = config.model_copy(update={"model": small})
+    splits = {name: random_split(200) for name in ("train", "select", "test")}
     with artifacts.write(tmp_path / "harvest", "harvest") as writer:
-        activations.harvest(
-            writer,
-            LanguageModel(small),
-            {name: random_split(200) for name in ("train", "select", "test")},
-            config.data,
-        )
+        activations.harvest(writer, LanguageModel(small), splits, config.data)
     shape = shape_of(str(tiny_llama.folder))
     shards = activations.StoredActivations(artifacts.load(tmp_path / "harvest", "harvest"), 1.0).shards
     assert sum(shard.nbytes for shard in shards) == Sizing(config, shape, CPU, PILE, 10).shards
 
 
 def gemma(machine: Machine = GPU, overrides=("training.together=64",)) -> Sizing:
-    return Sizing(
-        load_config("gemma-2-2b", list(overrides)), shape_of("google/gemma-2-2b"), machine, PILE, core=197
-    )
+    config = load_config("gemma-2-2b", list(overrides))
+    return Sizing(config, shape_of("google/gemma-2-2b"), machine, PILE, core=197)
 
 
 def test_what_does_not_fit_beside_each_other_takes_another_pass():
@@ -251,26 +233,20 @@ def test_stages_add_up():
     assert list(stages) == list(KINDS) and all(isinstance(stage, Stage) for stage in stages.values())
     assert [stages[kind].processes for kind in KINDS] == [1, 8, 8, 8, 1, 1, 1]
     assert len(default.retrained["main"]) == 29
-    chains = load_config(
-        "default",
-        [*plain, "distill.chains=[{name: a, seed: 1}, {name: b, seed: 2}]", "learning_rate_sweep=[]"],
-    )
+    chains = "distill.chains=[{name: a, seed: 1}, {name: b, seed: 2}]"
+    chains = load_config("default", [*plain, chains, "learning_rate_sweep=[]"])
     three = Sizing(chains, default.shape, CPU, default.text, core=41)
-    assert (
-        three.train().flops == pytest.approx(3 * stages["train"].flops)
-        and three.train().disk == 3 * stages["train"].disk
-    )
+    assert three.train().flops == pytest.approx(3 * stages["train"].flops)
+    assert three.train().disk == 3 * stages["train"].disk
     assert [stage.kind for stage in three.stages()] == [kind for kind in KINDS if kind != "learning_rate"]
     one = load_config("default", ["retrain.ks=[16]", "retrain.seeds=[0]", "retrain.controls={}"])
     pair = Sizing(one, default.shape, CPU, default.text, core=41)
-    assert (
-        pair.retrain().disk == pair.plain.file + pair.cored.file == 2 * 4 * (2 * 1024 * 128 + 1024 + 128) + 32
-    )
+    assert pair.retrain().disk == pair.plain.file + pair.cored.file
+    assert pair.retrain().disk == 2 * 4 * (2 * 1024 * 128 + 1024 + 128) + 32
 
 
 def test_shared_cycles_placebos_and_retrained_chains_are_counted_once_each():
-    """Two kinds of placebo in each of seven cycles of the judged chains; a chain of the main one's seed
-    shares its cycle 0."""
+    """Two placebos in each of seven cycles of the chains; a chain of the main one's seed shares its first."""
     chains = (
         "distill.chains=[{name: a, seed: 1, core_sparsity: batchtopk, core_decoder_init: encoder}, "
         "{name: b, core_sparsity: relu, retrain: [distilled]}]"
@@ -278,16 +254,11 @@ def test_shared_cycles_placebos_and_retrained_chains_are_counted_once_each():
     config = load_config("default", [chains, "distill.placebos=[random_directions, data_points]"])
     sized = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(0.98, 95), core=41)
     assert sized.cycles == (2, 21, 28)
-    assert (
-        sized.train().processes == 23
-        and sized.retrain().processes == 2
-        and list(sized.retrained) == ["main", "b"]
-    )
+    assert list(sized.retrained) == ["main", "b"]
+    counts = sized.train().processes, sized.retrain().processes
     names = [stage.name for stage in stages_of(config)]
-    assert (
-        sum(name.endswith("_train") for name in names) == 23
-        and sum(name.endswith("retrain") for name in names) == 2
-    )
+    assert counts == tuple(sum(name.endswith(end) for name in names) for end in ("_train", "retrain"))
+    assert counts == (23, 2)
 
 
 def test_three_copies_of_a_streamed_block_live_while_the_next_is_made(monkeypatch):
@@ -297,22 +268,16 @@ def test_three_copies_of_a_streamed_block_live_while_the_next_is_made(monkeypatc
     class Scale:
         def __rtruediv__(self, x):
             gc.collect()
-            seen.append(
-                sum(
-                    isinstance(found, torch.Tensor) and found.numel() == rows * width
-                    for found in gc.get_objects()
-                )
-            )
+            tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+            seen.append(sum(tensor.numel() == rows * width for tensor in tensors))
             return x / 1.0
 
     blocks = [torch.ones(16, width) for _ in range(4)]
-    monkeypatch.setattr(
-        activations, "usable_residuals", lambda model, split: iter([block.clone() for block in blocks])
-    )
+    clones = lambda model, split: iter([block.clone() for block in blocks])  # noqa: E731
+    monkeypatch.setattr(activations, "usable_residuals", clones)
     data = load_config("default", ["data.store=stream", "data.buffer_rows=64"]).data
-    source = activations.StreamedActivations(
-        None, Contexts(torch.zeros(200, 1), torch.ones(200), 0), data, Scale()
-    )
+    contexts = Contexts(torch.zeros(200, 1), torch.ones(200), 0)
+    source = activations.StreamedActivations(None, contexts, data, Scale())
     batches = source.batches(rows, 0, "test")
     for _ in range(3):
         next(batches)
@@ -335,33 +300,18 @@ def results(tmp_path) -> Results:
 def test_what_was_measured_has_the_names_of_what_is_predicted(results):
     measured = published(results)
     times = dict.fromkeys(KINDS, 1) | dict.fromkeys(("train", "attribute", "distill"), 8)
-    assert measured["processes"] == times and measured["seconds"] == {
-        kind: 2.0 * n for kind, n in times.items()
-    }
+    assert measured["processes"] == times
+    assert measured["seconds"] == {kind: 2.0 * n for kind, n in times.items()}
     assert measured["hardware"]["cores"] and measured["threads"] == 2
 
 
 def test_the_figure_is_drawn_for_the_summary_that_it_was_made_from(results):
-    stages = [
-        {
-            "kind": kind,
-            "processes": 1,
-            "work_seconds": 2.0 * (kind != "distill"),
-            "start_up_seconds": 3.0,
-            "measured_seconds": 9.0,
-        }
-        for kind in KINDS
-    ]
-    machines = [
-        {"name": name, "hours": {"train": hours, "retrain": 2 * hours}}
-        for name, hours in (("A", 20.0), ("B", 7.0))
-    ]
-    record = {
-        "config": "synthetic",
-        "summary": "another",
-        "stages": stages,
-        "prediction": {"config": "large", "saes": 26, "machines": machines},
-    }
+    times = {"processes": 1, "start_up_seconds": 3.0, "measured_seconds": 9.0}
+    stages = [{"kind": kind, "work_seconds": 2.0 * (kind != "distill"), **times} for kind in KINDS]
+    hours = {"A": 20.0, "B": 7.0}
+    machines = [{"name": name, "hours": {"train": n, "retrain": 2 * n}} for name, n in hours.items()]
+    prediction = {"config": "large", "saes": 26, "machines": machines}
+    record = {"config": "synthetic", "summary": "another", "stages": stages, "prediction": prediction}
     sizing = FIGURES["10_sizing"]
     assert sizing(results) is None
     artifacts.write_json(results.folder / "sizing.json", record)
@@ -378,14 +328,9 @@ def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
     """Against the number of parameters that transformers makes of the same file."""
     folder = save_model(tmp_path / "llama", num_key_value_heads=4)
     path = folder / "config.json"
-    path.write_text(
-        json.dumps(
-            {
-                key: value
-                for key, value in json.loads(path.read_text()).items()
-                if key not in ("tie_word_embeddings", "num_key_value_heads", "head_dim")
-            }
-        )
-    )
+    config = json.loads(path.read_text())
+    for name in ("tie_word_embeddings", "num_key_value_heads", "head_dim"):
+        config.pop(name, None)
+    path.write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     assert shape_of(str(folder)).parameters == sum(p.numel() for p in model.parameters())
