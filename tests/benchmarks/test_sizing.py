@@ -133,7 +133,7 @@ def test_a_sparse_step_leaves_the_encoder_and_the_core_to_dense_products():
 
 
 def test_attribution_takes_the_flops_of_its_candidates_at_all_positions():
-    """Of the SAE's part: the model is one that multiplies nothing. Half of each context is padding, encoded."""
+    """Of the SAE's part: the model multiplies nothing. Half of each context is padding, encoded."""
     config = load_config("default", ["data.select_tokens=1000", "model.context_size=16"])
     sized = Sizing(config, shape_of("wheeltext-4x128"), CPU, Text(0.5, 8), core=5)
     sae = MatryoshkaSAE(128, config.sae.d_sae, config.sae.prefixes, torch.ones(5, 128)).requires_grad_(False)
