@@ -66,7 +66,7 @@ def _load_weights(config: ModelConfig, folder: Path, start: str) -> Any:
     }
     with explain_errors(f"{start} it could not be loaded", "if a file is damaged or missing, get it again"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-    model, report = loaded
+        model, report = loaded  # a model's own code may give anything
     # transformers gives these random values
     if wrong := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
         what = f"{len(wrong)} of its weights are missing or of another size than config.json says"
