@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dmsae_lib.config.sections import LONGER
 from dmsae_lib.figures import style
+from dmsae_lib.figures.house_style import SMALL
 from dmsae_lib.figures.style import DOUBLE
 from dmsae_lib.report import series
 from dmsae_lib.report.equal_l0 import baseline_at
@@ -125,7 +126,7 @@ def _coverage_panel(axes: Axes, rows: list[Row], coverages: list[float], ks: lis
     for (y, x), size in np.ndenumerate(sizes.to_numpy()):
         if not np.isnan(size):
             colour = "black" if image.norm(size) > 0.5 else "white"
-            axes.text(x, y, f"{size:.0f}", color=colour, **style.INSIDE)
+            axes.text(x, y, f"{size:.0f}", color=colour, ha="center", va="center", fontsize=SMALL)
     low, high = (f(row["candidates"] for row in rows) for f in (min, max))
     axes.set_title(f"{title}, {low if low == high else f'{low}-{high}'} candidates")
     axes.set_xticks(range(len(ks)), ks)
@@ -153,9 +154,5 @@ def heatmap(results: Results) -> Figure:
         _coverage_panel(axes, mine, coverages, ks, series.label(arm, results.summary))
     seeds = len({row["seed"] for row in rows})
     caption = "Latents needed to reach a share of the total attribution, by k; candidates: core and prefix 0."
-    over = (
-        f"mean over {seeds} training seeds of the main chain"
-        if seeds > 1
-        else "main chain, one training seed"
-    )
-    return style.finish(figure, results, caption, over)
+    many = f"mean over {seeds} training seeds of the main chain"
+    return style.finish(figure, results, caption, many if seeds > 1 else "main chain, one training seed")

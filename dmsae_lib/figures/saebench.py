@@ -87,25 +87,21 @@ def differences(results: Results) -> Figure:
     if again := any(row["evaluation"] for row in rows):
         axes.plot([], [], label="evaluation seeds", **AGAIN)
     style.lanes(axes, labels, fontsize=SMALL)
-    axes.set_xlabel("DMSAE minus Matryoshka baseline at measured L0 (fractions of 1; loss increase: nats)")
-    axes.set_ylabel("metric")
+    name = "DMSAE minus Matryoshka baseline at measured L0 (fractions of 1; loss increase: nats)"
+    axes.set(xlabel=name, ylabel="metric")
     style.legend(figure, [axes], ncols=min(len(ks) + 1, 7))
     caption = (
         "SAEs with the main chain's core minus the Matryoshka baseline, paired by training seed; "
         "hollow where no interval excludes 0."
     )
     if again:
-        caption += (
-            " Grey: 95 % t interval over evaluation seeds (texts, splits and probes) for the first training "
-            "seed, at equal k."
-        )
+        over = "evaluation seeds (texts, splits and probes) for the first training seed, at equal k"
+        caption += f" Grey: 95 % t interval over {over}."
     if any(row["doubted"] for row in rows):
         caption += " †: unreliable by an audit (arXiv 2605.18229)."
-    bars = any(row["interval"] for row in rows)
-    varied = (
-        f"points: mean, bars: 95 % t interval over {SEEDS}" if bars else "one training seed, no error bars"
-    )
-    return style.finish(figure, results, caption, varied)
+    if any(row["interval"] for row in rows):
+        return style.finish(figure, results, caption, f"points: mean, bars: 95 % t interval over {SEEDS}")
+    return style.finish(figure, results, caption, "one training seed, no error bars")
 
 
 def reference(results: Results) -> list[Row]:
@@ -139,9 +135,8 @@ def paper_scale(results: Results) -> Figure:
     axes.set(xscale="log", yscale="log")
     axes.set(xlabel="measured L0 (active latents per token)", ylabel="1 - CE loss score")
     style.legend(figure, [axes], ncols=3)
-    caption = (
-        "Gemma-2-2B, block 12: released SAEs of width 65,536, measured by a third party (results/reference)"
-    )
+    who = "released SAEs of width 65,536, measured by a third party (results/reference)"
+    caption = f"Gemma-2-2B, block 12: {who}"
     if ours:
         return style.finish(figure, results, f"{caption}, behind ours.", style.bars_note(drawn))
     caption += "; no run of ours at that scale is in these results."

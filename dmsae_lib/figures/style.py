@@ -14,17 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from dmsae_lib.figures.house_style import DPI, MUTED, SMALL, in_house_style
-from dmsae_lib.report.results import Results
+from dmsae_lib.report.results import Results, Row
 from dmsae_lib.report.series import PLURAL, Look, by_k, units
 from dmsae_lib.report.verdicts import t_interval
 from dmsae_lib.store.atomic import write_bytes
 
-Row = dict[str, Any]
 SINGLE, DOUBLE = 3.3, 7.0  # inches: one and two columns of a paper
 HOLLOW = "hollow: unbound (core alone reaches k)"
 CHANCE = "#a0a0a0"  # of what no training did
 CYCLES = matplotlib.colormaps["viridis"]  # ordered: dark is early
-INSIDE: Row = {"ha": "center", "va": "center", "fontsize": SMALL}  # a number in a bar or a cell
 
 
 def cycle_colour(cycle: int, last: int) -> tuple[float, float, float, float]:
