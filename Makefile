@@ -116,8 +116,9 @@ clean: ## remove what was computed for CONFIG (or RUN), naming it first; never r
 
 test: $(ENVIRONMENT) .venv-bench/.complete lint ## lint, unit tests, and every notebook at toy size
 	@$(MAKE) --no-print-directory clean CONFIG=smoke > /dev/null # a change of the library makes no stage stale
-	@HF_HUB_OFFLINE=1 $(MAKE) --no-print-directory stages CONFIG=smoke
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow" --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+	@HF_HUB_OFFLINE=1 $(MAKE) -j2 --no-print-directory stages CONFIG=smoke
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile tests
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 test-slow: $(ENVIRONMENT) ## the tests that take minutes
 	$(PY) -m pytest -q -m slow tests
