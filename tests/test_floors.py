@@ -1,5 +1,4 @@
-"""The one-way rule of the library: a room imports only from rooms on floors below its own, and within a room nothing
-goes round in a circle."""
+"""The one-way rule of the library: a room imports only from floors below, and nothing goes in a circle."""
 
 import ast
 from graphlib import TopologicalSorter

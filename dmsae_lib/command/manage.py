@@ -115,7 +115,7 @@ def _checked(name: str) -> str:
 def publish(run: Run, name: str = "") -> None:
     """Copy summary, core and executed notebooks to results/<name>, draw figures/<name> from there: all or
     nothing."""
-    from dmsae_lib.distill.core_format import export_core
+    from dmsae_lib.distill.core_export import export_core
     from dmsae_lib.figures import draw_all
     from dmsae_lib.report.page import published_page, update_readme
 
@@ -147,7 +147,8 @@ def publish(run: Run, name: str = "") -> None:
 
 def core(run: Run) -> None:
     """Write the run's final core as runs/<run>/core, in the format that others load."""
-    from dmsae_lib.distill.core_format import export_core, load_core
+    from dmsae_lib.distill.core_export import export_core
+    from dmsae_lib.distill.core_format import load_core
 
     with explain_os_errors(run.folder), locked(run):
         made = load_core(export_core(run))

@@ -10,10 +10,8 @@ else (their decoder rows and biases too); leave the core out of the selection by
 ``distilled.core_sparsity`` is ``batchtopk``.
 """
 
-import hashlib
 import re
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-import dmsae_lib
-from dmsae_lib.config.run import Run
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.data.model_folder import model_hash, resolve
-from dmsae_lib.distill.core import Core, Latent, final_core, read_core
-from dmsae_lib.distill.core_record import FORMAT, SCHEMA_VERSION, CoreRecord, Distilled, ModelEntry, Parents
-from dmsae_lib.store import artifacts
-from dmsae_lib.store.artifacts import ArtifactError, UserError, sealed, sha256_file, unseal
+from dmsae_lib.distill.core import Core, Latent
+from dmsae_lib.distill.core_record import FORMAT, SCHEMA_VERSION, CoreRecord
+from dmsae_lib.store.artifacts import UserError, sha256_file, unseal
 from dmsae_lib.store.atomic import json_text, write_bytes
 
 FILES = ("core.safetensors", "core.json")  # in the order of writing: the second vouches for the first
@@ -70,77 +65,6 @@ def names_folder(place: str | Path) -> bool:
     return False
 
 
-def _without_path(name: str) -> str:
-    """A model's or text's name as others may see it: of a local path the last part alone."""
-    path = Path(name).expanduser()
-    local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return path.absolute().name if local else name
-
-
-def export_core(
-    run: Run,
-    folder: Path | None = None,
-    cycle: int | None = None,
-    reading: str | None = None,
-    chain: str = "main",
-) -> Path:
-    """Write a core of ``run`` as a folder in this format; the same core gives the same bytes.
-
-    Args:
-        folder: runs/<run>/core by default; a core that is there is replaced.
-        cycle: the last by default.
-        reading: of "the final core" (core.READINGS). By default distill.final_core for the last cycle, whose
-            members are retrained with, and all of C(cycle) for another.
-
-    Raises ArtifactError where a stage is missing or was made from something else than what lies beside it
-    now, UserError where no latent fits the reading, or the folder holds other things.
-    """
-    from safetensors.torch import save
-
-    config, last = run.config.for_chain(chain), run.config.distill.cycles
-    cycle = last if cycle is None else cycle
-    reading = reading or (config.distill.final_core if cycle == last else "all_of_last")
-    harvest = artifacts.load(run.folder / "harvest", "harvest", "stages STAGE=harvest")
-    sae, attribution, made = (run.load(cycle, part, chain) for part in ("sae", "attribution", "core"))
-    parents = {"core": made, "attribution": attribution, "sae": sae, "harvest": harvest}
-    for (_, artifact), (name, parent) in pairwise(parents.items()):
-        if artifact.parents.get(name) != parent.hash:
-            what = f"{artifact.folder} was made from another {name} than the one in {parent.folder}"
-            raise ArtifactError(what, "run `make reproduce`, which makes it again")
-    found, ranking, core = harvest.json("record.json"), attribution.json("record.json"), read_core(made)
-    core = final_core(core, reading)
-    tensors = save({"W_enc": core.W_enc})
-    model, data, distill, training = found["model"], found["data"], config.distill, config.training
-    distilled = {
-        "cycle": cycle,
-        "chain": chain,
-        "reading": reading,
-        "tokens_per_cycle": config.data.train_tokens,
-    }
-    distilled |= {"k": training.k} | config.sae.model_dump() | training.core_settings()
-    hashes = {"core_before": core.parent} | {name: artifact.hash for name, artifact in parents.items()}
-    ranked = {name: ranking[name] for name in ("tokens", "candidates")}
-    record = {
-        "format": FORMAT,
-        "schema_version": SCHEMA_VERSION,
-        "made_with": f"dmsae_lib {dmsae_lib.__version__}",
-        "size": len(core),
-        "model": {n: model[n] for n in ModelEntry.model_fields} | {"name": _without_path(model["name"])},
-        "hook_name": model["hook_name"],
-        "normaliser": {"scale": found["scale"]},
-        "distilled": {name: distilled[name] for name in Distilled.model_fields},
-        "data": {"source": _without_path(data["source"]), "hash": data["hash"]},
-        "attribution": {"aggregator": distill.aggregator, "coverage": distill.coverage} | ranked,
-        "latents": [asdict(latent) for latent in core.latents],
-        "parents": {name: hashes[name] for name in Parents.model_fields},
-        "files": {FILES[0]: hashlib.sha256(tensors).hexdigest()},
-    }
-    folder, record = Path(folder or run.folder / "core"), sealed(record)
-    _check_record(record, folder)
-    write_files(folder, dict(zip(FILES, (tensors, json_text(record).encode()))))
-    return folder
-
-
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write a core's files into ``folder``, which is new, empty, or holds a core; hidden files stay.
 
@@ -179,7 +103,7 @@ def load_core(
     except ValueError as error:
         reason = str(error) if str(error).startswith("does") else "cannot be read"
         raise UserError(f"{folder} is damaged (core.json {reason}): {AGAIN}.") from error
-    _check_record(record, folder)
+    check_record(record, folder)
     if sha256_file(folder / FILES[0]) != record["files"][FILES[0]]:
         raise UserError(f"{folder} is damaged ({FILES[0]} does not match its hash): {AGAIN}.")
     rows, latents = _read_rows(folder, record), [Latent(**latent) for latent in record["latents"]]
@@ -200,7 +124,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _check_record(record: dict[str, Any], folder: Path) -> None:
+def check_record(record: dict[str, Any], folder: Path) -> None:
     """Hold core.json against its schema, and its latents against each other."""
     written, version = record.get("format", "something else"), record.get("schema_version")
     if (written, version) != (FORMAT, SCHEMA_VERSION):

@@ -15,8 +15,9 @@ from dmsae_lib.data.prefetch import prefetched
 from dmsae_lib.distill.controls import geometry
 from dmsae_lib.distill.evaluation import calibrate_threshold, evaluate
 from dmsae_lib.distill.harvest import Harvest
+from dmsae_lib.sae.loop import train_saes
 from dmsae_lib.sae.model import MatryoshkaSAE, save_sae
-from dmsae_lib.sae.training import Trainer, match_frequency, train_saes
+from dmsae_lib.sae.training import Trainer, match_frequency
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import Artifact, hash_json
 from dmsae_lib.store.seeds import generator

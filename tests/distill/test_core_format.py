@@ -17,7 +17,8 @@ from builders.tiny_core import rewrite
 from dmsae_lib.config.run import Run
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.distill.controls import open_arms
-from dmsae_lib.distill.core_format import export_core, load_core
+from dmsae_lib.distill.core_export import export_core
+from dmsae_lib.distill.core_format import load_core
 from dmsae_lib.distill.core_record import CoreRecord
 from dmsae_lib.sae.model import MatryoshkaSAE
 from dmsae_lib.sae.training import Trainer

@@ -19,8 +19,9 @@ from dmsae_lib.distill.attribution import attribute
 from dmsae_lib.distill.controls import candidate_pool, control_core
 from dmsae_lib.distill.core import Candidates, Core, distil, reading_members
 from dmsae_lib.distill.evaluation import calibrate_threshold, calibration_residuals
+from dmsae_lib.sae.loop import train_saes
 from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.sae.training import Trainer, train_saes
+from dmsae_lib.sae.training import Trainer
 from dmsae_lib.store.seeds import generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,8 @@ from builders.tiny_core import rewrite
 from huggingface_hub import ModelCard
 
 from dmsae_lib.config.run import Run
-from dmsae_lib.distill.core_format import export_core, load_core
+from dmsae_lib.distill.core_export import export_core
+from dmsae_lib.distill.core_format import load_core
 from dmsae_lib.report.card import model_card, push_core
 from dmsae_lib.report.summary import write_summary
 from dmsae_lib.store.artifacts import UserError, write

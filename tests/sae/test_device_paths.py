@@ -16,10 +16,11 @@ from dmsae_lib.distill import attribution
 from dmsae_lib.distill.attribution import TOLERANCE, contributions, gradient_at_prefix0
 from dmsae_lib.sae import step as step_module
 from dmsae_lib.sae.entries import SPARSE_BELOW
+from dmsae_lib.sae.loop import train_saes
 from dmsae_lib.sae.model import MatryoshkaSAE
 from dmsae_lib.sae.select import Kept
 from dmsae_lib.sae.step import step_gradients
-from dmsae_lib.sae.training import Trainer, train_saes
+from dmsae_lib.sae.training import Trainer
 from dmsae_lib.store.artifacts import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,8 @@ from builders.sae import BATCH, config, make_sae
 from test_training import assert_bit_equal, source
 
 from dmsae_lib.data.prefetch import prefetched
-from dmsae_lib.sae.training import Trainer, train_saes
+from dmsae_lib.sae.loop import train_saes
+from dmsae_lib.sae.training import Trainer
 from dmsae_lib.store.artifacts import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

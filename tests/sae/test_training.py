@@ -9,7 +9,8 @@ from builders.sae import BATCH, CORE, D_IN, D_SAE, K, batch, config, make_sae
 from reference import TRAINED, reference_gradients
 from torch import Tensor
 
-from dmsae_lib.sae.training import Trainer, learning_rate, match_frequency, train_saes
+from dmsae_lib.sae.loop import train_saes
+from dmsae_lib.sae.training import Trainer, learning_rate, match_frequency
 from dmsae_lib.store.artifacts import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
