@@ -114,11 +114,14 @@ clean: ## remove what was computed for CONFIG (or RUN), naming it first; never r
 	@if [ ! -d runs ]; then echo "there is no runs/: nothing to remove"; \
 	else $(PY) -m dmsae_lib.command.manage clean $(WHICH); fi
 
+NBVAL = --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+# Notebooks that leave the smoke run alone; all others follow each other.
+APART = notebooks/00_base_model.ipynb notebooks/08_sizing.ipynb
 test: $(ENVIRONMENT) .venv-bench/.complete lint ## lint, unit tests, and every notebook at toy size
 	@$(MAKE) --no-print-directory clean CONFIG=smoke > /dev/null # a change of the library makes no stage stale
 	@HF_HUB_OFFLINE=1 $(MAKE) -j2 --no-print-directory stages CONFIG=smoke
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile tests
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile $(NBVAL) tests $(APART)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q $(NBVAL) $(filter-out $(APART),$(wildcard notebooks/*.ipynb))
 
 test-slow: $(ENVIRONMENT) ## the tests that take minutes
 	$(PY) -m pytest -q -m slow tests
