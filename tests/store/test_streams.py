@@ -20,6 +20,9 @@ CHAINS = (
 )
 SETTINGS = (
     CHAINS,
+    "data.train_tokens=300",  # what follows the start is of no interest
+    "data.select_tokens=100",
+    "data.test_tokens=100",
     "distill.cycles=2",
     "distill.placebos=[random_directions, data_points]",
     "retrain.seeds=[0, 1]",
