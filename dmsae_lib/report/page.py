@@ -132,18 +132,23 @@ def published_page(folder: Path, name: str, root: Path) -> str:
     return results_page(name, results.summary, results.made, base_model, rates)
 
 
-def verdict_table(summary: Row) -> str:
+def verdict_table(summaries: list[Row]) -> str:
+    """Each claim as the run says that has most units to judge it by, the first of equals."""
+    judged = [
+        {name: (found["config"], claim) for name, claim in found["claims"].items()} for found in summaries
+    ]
+    names = dict.fromkeys(name for claims in judged for name in claims)
+    best = {n: max((c[n] for c in judged if n in c), key=lambda found: found[1]["n"]) for n in names}
     measures = {name: claim.measure for name, claim in CLAIMS.items()}
-    units = {CHAIN: "chain", SEED: "seed"}
-    return rendered("verdicts.md.j2", claims=summary["claims"], measures=measures, units=units)
+    return rendered("verdicts.md.j2", best=best, measures=measures, units={CHAIN: "chain", SEED: "seed"})
 
 
 def update_readme(root: Path) -> None:
-    """Put the verdicts of the extended run, else of the default one, between the README's markers, if any."""
+    """Put the verdicts of the extended and the default run between the README's markers, if any."""
     path, places = root / "README.md", [root / "results" / name for name in ("extended", "default")]
-    folder = next((place for place in places if (place / "summary.json").is_file()), None)
+    summaries = [Results(place).summary for place in places if (place / "summary.json").is_file()]
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if folder and BEGIN in text:
-        table = f"{BEGIN}\n\n{verdict_table(Results(folder).summary)}\n{END}"
+    if summaries and BEGIN in text:
+        table = f"{BEGIN}\n\n{verdict_table(summaries)}\n{END}"
         between = re.escape(BEGIN) + ".*?" + re.escape(END)
         write_text(path, re.sub(between, lambda _: table, text, count=1, flags=re.DOTALL))

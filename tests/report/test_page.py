@@ -149,15 +149,18 @@ def test_one_chain_is_shown_over_its_training_seeds(one_chain):
 def test_verdicts_of_the_page_and_of_the_readme(one_chain, several):
     for summary, unit in ((one_chain, "1 chain"), (several, "3 chains")):
         head, *rows = table(results_page("x", summary, MADE), "claim")
-        short, *lines = table(verdict_table(summary) + "\n", "claim")
+        short, *lines = table(verdict_table([summary]) + "\n", "claim")
         for row, line, (name, claim) in zip(rows, lines, summary["claims"].items(), strict=True):
             assert row[1] == line[1] == f"**{claim['verdict']}**"
             assert row[0] == f"{name}: {claim['claim']}" and line[0] == f"{name}. {claim['claim']}"
             value, interval = claim["value"], claim["interval"] or []
             numbers = [f"{number:+.3f}" for number in ([] if value is None else [value, *interval])]
             assert re.findall(r"[+-]\d+\.\d+", line[2].rpartition(": ")[2]) == numbers
-        assert short == ["claim", "verdict", "in numbers", "n"] and lines[0][3] == unit
+        assert short == ["claim", "verdict", "in numbers", "n", "run"] and lines[0][3] == unit
     assert lines[2][3] == "1 seed"  # C3: one chain alone was scored
+    _, *lines = table(verdict_table([several | {"config": "wide"}, one_chain]) + "\n", "claim")
+    runs = [re.search(r"\[(\w+)\]", line[4])[1] for line in lines]  # each claim from where n is largest
+    assert runs == ["wide", "wide", one_chain["config"], *["wide"] * 4] and lines[2][3] == "3 seeds"
 
 
 def test_the_readme_gets_the_verdicts_between_its_markers_and_nothing_else(tmp_path):
