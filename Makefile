@@ -77,7 +77,7 @@ compare: $(ENVIRONMENT) ## set the run's numbers and verdicts beside the publish
 status: $(ENVIRONMENT) ## show each stage: missing, stale and why, or present; when and by which code it was made
 	@$(PY) -m dmsae_lib.command.manage status $(WHICH)
 
-publish: $(ENVIRONMENT) ## copy a finished run to results/ and figures/
+publish: $(ENVIRONMENT) ## copy a finished run to results/ and figures/, write its page and the verdicts in README.md
 	@$(PY) -m dmsae_lib.command.manage publish $(WHICH) $(if $(AS),--as $(call quoted,AS))
 
 core: $(ENVIRONMENT) ## write the finished run's core for others to use, runs/<run>/core
@@ -86,7 +86,7 @@ core: $(ENVIRONMENT) ## write the finished run's core for others to use, runs/<r
 push-core: $(ENVIRONMENT) ## push the finished run's core with a model card to the Hub, or into a folder (REPO=)
 	@$(PY) -m dmsae_lib.command.manage push-core $(WHICH) --to $(call quoted,REPO) $(if $(LICENCE),--licence $(call quoted,LICENCE)) $(if $(PUBLIC),--public)
 
-figures: $(ENVIRONMENT) ## draw figures/CONFIG again from results/CONFIG alone
+figures: $(ENVIRONMENT) ## draw figures/CONFIG and write its page again from results/CONFIG alone
 	@$(PY) -m dmsae_lib.command.manage figures $(WHICH) $(if $(AS),--as $(call quoted,AS))
 
 sizing: $(ENVIRONMENT) ## predict CONFIG's times, memory and disk beside what was measured, and the Gemma-2-2B run

@@ -134,9 +134,7 @@ def published_page(folder: Path, name: str, root: Path) -> str:
 
 def verdict_table(summaries: list[Row]) -> str:
     """Each claim as the run says that has most units to judge it by, the first of equals."""
-    judged = [
-        {name: (found["config"], claim) for name, claim in found["claims"].items()} for found in summaries
-    ]
+    judged = [{name: (one["config"], claim) for name, claim in one["claims"].items()} for one in summaries]
     names = dict.fromkeys(name for claims in judged for name in claims)
     best = {n: max((c[n] for c in judged if n in c), key=lambda found: found[1]["n"]) for n in names}
     measures = {name: claim.measure for name, claim in CLAIMS.items()}
