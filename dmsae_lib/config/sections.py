@@ -57,13 +57,14 @@ CONTROLS = Family("of latents", "new rows")
 Aggregator = Annotated[str, one_of(AGGREGATORS)]
 Arm = Annotated[str, one_of(ARMS)]
 Placebo = Annotated[str, one_of(NEW_ROWS)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 CoreSparsity = Literal["relu", "batchtopk"]
 CoreBias = Literal["zero", "match_frequency"]
 CoreDecoder = Literal["random", "encoder"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -130,7 +131,7 @@ class TrainingConfig(CoreSettings):
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
     decay: float = Field(0.2, ge=0, lt=1)  # share of the steps, at the end
     grad_clip: float = Field(1.0, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     aux_alpha: float = Field(1 / 32, ge=0)
     k_aux: Positive | None = None  # None: d_in / 2
     dead_window: Positive | None = None  # tokens; None: max(2 % of the tokens, 40 batches)

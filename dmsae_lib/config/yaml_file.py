@@ -12,6 +12,10 @@ from dmsae_lib.store.artifacts import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
 KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list of text"}
+SAID = {  # where pydantic's own words do not tell what to write
+    "string_pattern_mismatch": "must be a name of letters, digits, '_' and '-' that begins with a letter or digit",
+    "too_short": "needs one entry at least",
+}
 # One override: what is in quotes stays together, and so does whatever stands before the next ` section.key=`.
 OVERRIDE = re.compile(r"""(?:(?<!\w)(?:"[^"]*"|'[^']*')|(?!\s+[A-Za-z_][\w.]*=).)+""", re.DOTALL)
 
@@ -106,4 +110,5 @@ def _one_sentence(model: type[BaseModel], error: ValidationError, where: str) ->
         return f"{where}: the key {key} is missing; add it."
     if first["type"] == "value_error":
         return f"{where}: {key}{' ' if key else ''}{first['ctx']['error']}."
-    return f"{where}: {key} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}."
+    but = SAID.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
+    return f"{where}: {key} is {first['input']!r}, but {but}."

@@ -18,6 +18,13 @@ CONFIG = {
         ["training.core_sparsity=topk"],
         ["training.core_sparsity is 'topk'", "'relu' or 'batchtopk'"],
     ),
+    "an infinite rate": (["training.lr=.inf"], ["training.lr is inf", "finite"]),
+    "a momentum of 1": (["training.betas=[0.9, 1.0]"], ["training.betas.1 is 1.0", "less than 1"]),
+    "a floor above k": (["training.k_min=33"], ["training.k_min is 33", "retrain.ks", "32"]),
+    "a chain's name that is none": (
+        ["distill.chains=[{name: a/b}]"],
+        ["distill.chains.0.name is 'a/b'", "letters, digits, '_' and '-'"],
+    ),
     "a coverage above 1": (["distill.coverage=1.2"], ["distill.coverage is 1.2", "less than 1"]),
     "an unknown arm": (
         ["retrain.arms=[none, distiled]"],
@@ -52,7 +59,7 @@ CONFIG = {
     ),
     "more draws than seeds": (["retrain.controls={random: 2}"], ["2 seeds of random", "retrain.seeds = [0]"]),
     "an arm twice": (["retrain.controls={none: 1}"], ["retrain.controls names none", "retrain.arms"]),
-    "no seeds": (["retrain.seeds=[]"], ["retrain.seeds is []", "at least 1 item"]),
+    "no seeds": (["retrain.seeds=[]"], ["retrain.seeds is []", "one entry at least"]),
     "too little text for fresh tokens": (
         ["data.fresh_factor=2"],
         ["data.fresh_factor is 2", "distill.cycles + 1 = 3"],
