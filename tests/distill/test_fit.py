@@ -81,3 +81,13 @@ def test_no_stream_is_left_open_while_saes_are_trained(tmp_path, monkeypatch):
     )
     fit._fit_together([make_job(harvest)], harvest, print)
     assert seen == [(1, 1)]
+
+
+def test_rows_that_start_warm_are_in_every_prefix_as_a_core_is(tmp_path):
+    harvest, rows = make_harvest(tmp_path), torch.eye(16)[:5]
+    cold = fit._trainer(make_job(harvest), harvest, [torch.ones(4, 16)]).sae
+    warm = fit._trainer(make_job(harvest, warm_rows=rows), harvest, [torch.ones(4, 16)]).sae
+    frozen = fit._trainer(make_job(harvest, core_rows=rows), harvest, [torch.ones(4, 16)]).sae
+    assert warm.prefixes[:-1] == tuple(5 + m for m in cold.prefixes[:-1]) and warm.n_core == 0
+    assert [frozen.n_core + m for m in frozen.prefixes] == list(warm.prefixes)
+    assert torch.equal(warm.free_rows[:5], rows)
