@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dmsae_lib.distill.evaluation import evaluate
+from dmsae_lib.distill.evaluation import evaluate, made_sae
 from dmsae_lib.distill.harvest import Harvest
 from dmsae_lib.interop import load_foreign, save_foreign
 from dmsae_lib.sae.model import save_sae
@@ -26,7 +26,7 @@ def adopt(
     prefixes = foreign.prefixes if ours is None else ours.prefixes
     settings = hash_json([config.threads, prefixes])
     parents = {"harvest": harvest.artifact.hash, "settings": settings, "source": foreign.hash}
-    if found := artifacts.made(folder, "sae", parents):
+    if found := made_sae(folder, parents):
         return found
     with artifacts.write(folder, "sae", parents) as writer:
         measured = foreign if ours is None else ours.folded(scale)

@@ -1,5 +1,6 @@
 """What an SAE is worth on held-out text: L0, FVU by prefix, loss recovered, dead latents; its threshold."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_los
 from dmsae_lib.interop.foreign import Foreign
 from dmsae_lib.sae.model import FoldedSAE
 from dmsae_lib.sae.select import between_nth
+from dmsae_lib.store.artifacts import Artifact, made
 
 CALIBRATION_TOKENS = 2**17  # at most this many tokens of the split are held in memory: 1.2 GB at width 2304
 SHARED_BYTES = 2**30  # residuals of the test split up to this size are kept for all SAEs of a call
@@ -143,6 +145,15 @@ def evaluate(
         "loss_recovered_mean": loss_recovered(ce["full"], clean, losses.mean),
         "core_frequency": _summary((fired[:c] / n_tokens).tolist()),
     }
+
+
+def made_sae(folder: Path, parents: dict[str, str]) -> Artifact | None:
+    """The SAE in ``folder`` if it was made from these parents and measured as :func:`evaluate` does now.
+
+    Earlier releases had another name for the L0 of the free latents: what they made is made again.
+    """
+    found = made(folder, "sae", parents)
+    return found if found and "free" in found.json("metrics.json")["L0"] else None
 
 
 def _summary(values: list[float]) -> dict[str, Any] | None:

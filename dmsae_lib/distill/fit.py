@@ -14,7 +14,7 @@ from dmsae_lib.config.sections import CoreSettings, TrainingConfig
 from dmsae_lib.data.activations import Cursor
 from dmsae_lib.data.prefetch import prefetched
 from dmsae_lib.distill.controls import geometry
-from dmsae_lib.distill.evaluation import calibrate_threshold, evaluate
+from dmsae_lib.distill.evaluation import calibrate_threshold, evaluate, made_sae
 from dmsae_lib.distill.harvest import Harvest
 from dmsae_lib.sae.loop import train_saes
 from dmsae_lib.sae.model import MatryoshkaSAE, save_sae
@@ -73,7 +73,7 @@ def fit(jobs: Sequence[Job], harvest: Harvest, report: Callable[[str], None] = p
     as if it were trained alone. A killed call goes on from the checkpoints. Returns the artefacts in the
     order of ``jobs``.
     """
-    found = [artifacts.made(job.folder, "sae", parents_of(job, harvest)) for job in jobs]
+    found = [made_sae(job.folder, parents_of(job, harvest)) for job in jobs]
     streams: dict[tuple, list[Job]] = {}
     for job, artifact in zip(jobs, found):
         if artifact is None:

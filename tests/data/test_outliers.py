@@ -23,7 +23,7 @@ from dmsae_lib.distill.evaluation import calibrate_threshold, calibration_residu
 from dmsae_lib.distill.harvest import open_harvest
 from dmsae_lib.report.examples import top_contexts
 from dmsae_lib.sae.model import MatryoshkaSAE
-from dmsae_lib.saebench import perturbation as saebench_tpp
+from dmsae_lib.saebench import perturbation
 from dmsae_lib.store.artifacts import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,7 +128,7 @@ def test_class_means_of_texts(model):
     """TPP and SCR average over a text's tokens."""
     text = model.tokenizer.decode([*LOUD, 70, 71, 72])
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    (found,) = saebench_tpp._residuals(model, [text], 16)
+    (found,) = perturbation._residuals(model, [text], 16)
     assert (
         0 < len(found) == sum(token not in LOUD for token in ids) < len(ids)
         and float(found.norm(dim=1).max()) < 1000

@@ -9,6 +9,7 @@ import torch
 from dmsae_lib.config import load_config
 from dmsae_lib.distill import fit
 from dmsae_lib.distill.fit import Job, parents_of
+from dmsae_lib.store import artifacts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,3 +92,23 @@ def test_rows_that_start_warm_are_in_every_prefix_as_a_core_is(tmp_path):
     assert warm.prefixes[:-1] == tuple(5 + m for m in cold.prefixes[:-1]) and warm.n_core == 0
     assert [frozen.n_core + m for m in frozen.prefixes] == list(warm.prefixes)
     assert torch.equal(warm.free_rows[:5], rows)
+
+
+def test_an_sae_of_an_earlier_release_is_trained_again(tmp_path, monkeypatch):
+    """It was made from the same parents, but its metrics have other names."""
+    harvest = make_harvest(tmp_path)
+    job, trained = make_job(harvest), []
+
+    def write(name: str) -> None:
+        with artifacts.write(job.folder, "sae", parents_of(job, harvest)) as writer:
+            writer.json("metrics.json", {"L0": {"core": 0.0, name: 3.0, "total": 3.0}})
+
+    def train(jobs, *_) -> None:
+        trained.extend(jobs)
+        write("free")
+
+    monkeypatch.setattr(fit, "_fit_together", train)
+    write("non_core")
+    for _ in range(2):
+        (found,) = fit.fit([job], harvest)
+        assert found.json("metrics.json")["L0"]["free"] == 3 and trained == [job]

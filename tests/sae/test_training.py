@@ -196,6 +196,17 @@ def test_a_checkpoint_of_something_else_is_not_resumed(tmp_path):
     assert_bit_equal(again, saved)
 
 
+def test_a_checkpoint_of_an_earlier_release_is_not_resumed(tmp_path):
+    """Its history names the L0 of the free latents otherwise, and one table cannot hold both."""
+    trainer = new_trainer()
+    trainer.train_step(batch(0))
+    trainer.save(tmp_path / "now", {"a": "b"})
+    trainer.history = [{"L0_non_core" if n == "L0_free" else n: v for n, v in trainer.history[0].items()}]
+    trainer.save(tmp_path / "before", {"a": "b"})
+    assert new_trainer().resume(tmp_path / "now", {"a": "b"})
+    assert not new_trainer().resume(tmp_path / "before", {"a": "b"})
+
+
 def test_a_checkpoint_that_no_longer_fits_is_set_aside(uninterrupted, tmp_path):
     """Whole, so that it can be put back with the settings that it was made with; training starts anew."""
     folder, said = tmp_path / ".sae.checkpoint", []
