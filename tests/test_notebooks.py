@@ -106,7 +106,7 @@ def test_a_parameter_of_another_type_is_one_sentence_also_without_our_runner(pat
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_a_notebook_that_plots_takes_the_house_style_first(path):
-    """Whatever matplotlibrc there is: see test_plots for what the style does."""
+    """Whatever matplotlibrc there is; what the style does is tested with the figures."""
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     plotting = [n for n, source in enumerate(cells) if "plt.subplots" in source]
     styled = [n for n, source in enumerate(cells) if "house_style()" in source.splitlines()]

@@ -49,9 +49,7 @@ class RunConfig(Section):
             if max(ks) > d_sae:
                 raise ValueError(f"{setting} is {max(ks)}: it cannot be above the width, sae.d_sae = {d_sae}")
         if (k_min := training.k_min) > (k := min(training.k, *self.retrain.ks)):
-            raise ValueError(
-                f"training.k_min is {k_min}: it cannot be above training.k and retrain.ks, of which one is {k}"
-            )
+            raise ValueError(f"training.k_min is {k_min}: training.k or a k of retrain.ks is lower, {k}")
         batch = f"training.batch_size = {training.batch_size}"
         if training.batch_size > data.train_tokens:
             raise ValueError(f"data.train_tokens is {data.train_tokens}: one batch needs {batch}")
