@@ -22,7 +22,7 @@ from dmsae_lib.config.lock import lock
 from dmsae_lib.config.run import Run, open_run
 from dmsae_lib.config.yaml_file import split_overrides
 from dmsae_lib.store.artifacts import UserError, explain_os_errors, write_json
-from dmsae_lib.store.atomic import write_text
+from dmsae_lib.store.atomic import old, write_text
 
 HEAD = """\
 # The stages of {folder}, written by dmsae_lib.command.plan; `make -n stages` prints what is left to do.
@@ -56,6 +56,12 @@ def _prerequisites(run: Run, stage: Stage) -> dict[str, str]:
     return files | {f"{parent} is newer": _manifest(run, parent) for parent in stage.parents}
 
 
+def _there(path: Path) -> Path:
+    """``path``, or where it lies while a killed writer has only moved its folder aside: make puts it back."""
+    aside = old(path.parent) / path.name
+    return aside if aside.is_file() and not path.parent.exists() else path
+
+
 def _parameters_changed(run: Run, stage: Stage) -> bool:
     """Whether the parameters file of ``stage`` differs from its slice of today (or cannot be read)."""
     try:
@@ -70,7 +76,7 @@ def states(run: Run) -> dict[str, str]:
     again: set[str] = set()  # the artefacts that will be made before
 
     def state(stage: Stage) -> str:
-        target = run.root / _manifest(run, stage.artefact)
+        target = _there(run.root / _manifest(run, stage.artefact))
         if not target.is_file():
             return "optional" if stage.optional else "missing"
         if _parameters_changed(run, stage):
@@ -81,7 +87,7 @@ def states(run: Run) -> dict[str, str]:
             if parent in again:
                 return f"stale: {parent} is made again"
         for reason, name in _prerequisites(run, stage).items():
-            file = run.root / name
+            file = _there(run.root / name)
             if file.is_file() and file.stat().st_mtime_ns > target.stat().st_mtime_ns:
                 return f"stale: {reason}"
         return "present"
