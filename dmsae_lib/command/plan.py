@@ -9,6 +9,7 @@ configuration and is rewritten only when the slice changes. :func:`states` says 
 """
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -173,6 +174,10 @@ def main() -> None:
     lock(run)
     plan = write_plan(run)
     make, target = options.make
+    names = [stage.name for stage in stages(run.config)]
+    if target not in ("stages", *names):
+        close = difflib.get_close_matches(target, names, n=3, cutoff=0.4) or names[:3]
+        raise UserError(f"STAGE is {target}: {run.name} has no such stage, but {', '.join(close)}.")
     os.execvp(make, [make, "--no-print-directory", "-f", str(plan.relative_to(run.root)), target])
 
 

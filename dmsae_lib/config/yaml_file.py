@@ -99,7 +99,8 @@ def _known_keys(model: type[BaseModel], location: tuple) -> list[str]:
 
 
 def _one_sentence(model: type[BaseModel], error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
+    found = error.errors()  # an unknown key first: it is often the missing one, misspelt
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, first["loc"][:-1])
