@@ -36,8 +36,9 @@ quoted = '$(subst ','\'',$(value $1))'
 WHICH = --config $(call quoted,CONFIG) $(if $(RUN),--run $(call quoted,RUN)) $(if $(value SET),--set $(call quoted,SET))
 # Lines that call make run even with -n, where nothing has been set up yet.
 DRY = $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
+NO_PYTHON = echo "error: there is no $(PY): run 'make setup' or name a Python that there is as PY" >&2; exit 1
 UNREADY = $(if $(DRY),echo "the stages are listed once 'make setup' has run"; exit 0,\
-  echo "error: there is no $(PY): run 'make setup' or name a Python that there is as PY" >&2; exit 1)
+  $(NO_PYTHON))
 READY = $(if $(ENVIRONMENT),[ -e $(ENVIRONMENT) ] &&) command -v $(PY) > /dev/null || { $(UNREADY); }
 
 .DEFAULT_GOAL = help
@@ -62,7 +63,7 @@ reproduce: stages ## run the whole paper for CONFIG: every stage, the figures, t
 	@$(PY) -m dmsae_lib.command.manage compare $(WHICH)
 
 model: $(ENVIRONMENT) ## install what CONFIG's language model needs beyond the set-up; reproduce and stages do it by themselves
-	@$(READY); $(PY) -m dmsae_lib.command.packages $(WHICH)
+	@command -v $(PY) > /dev/null || { $(NO_PYTHON); }; $(PY) -m dmsae_lib.command.packages $(WHICH)
 
 stages: model ## run the stages that are missing or stale (with -n: print them)
 	@$(READY); $(PY) -m dmsae_lib.command.plan $(WHICH) --make "$(MAKE)" $(STAGE)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from dmsae_lib.config.sections import DataConfig
-from dmsae_lib.data.contexts import Contexts, bits_per_byte
+from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss
-from dmsae_lib.data.precision import compared
 from dmsae_lib.store.artifacts import Artifact, UserError, Writer
 from dmsae_lib.store.seeds import generator
 
@@ -80,10 +79,8 @@ def harvest(
 
     The scale is sqrt(mean ||x||^2) over the training tokens of one cycle, outliers left out; it is measured
     once and stays the same for every cycle and every k. Sets the model's ``outlier_limit``. Returns the
-    record for record.json (without model and data entries).
+    record for record.json, without what the notebook adds (model, data, precision, bits_per_byte).
     """
-    if precision := compared(model, splits["test"]):
-        report(f"bfloat16 against float32: {precision['loss_difference']:+.4f} nats on {precision['tokens']} tokens")
     for name, contexts in splits.items():
         contexts.save(writer, name)
     model.outlier_limit = math.inf
@@ -127,8 +124,6 @@ def harvest(
         "outlier_limit": model.outlier_limit,
         "outliers_dropped": outliers,
         **{f"{name}_loss": value for name, value in losses._asdict().items()},
-        "bits_per_byte": bits_per_byte(losses.clean, splits["test"], model.tokenizer),
-        "precision": precision,
     }
 
 

@@ -73,7 +73,8 @@ def weights_as_shipped(folder: Path) -> str | None:
 
 def _located(name: str, start: str) -> Path:
     if missing := lacks(name):
-        raise UserError(f"{start} {missing[0]}, is not installed; run `make model CONFIG=...` with its config.")
+        what = f"{start} it needs {missing[0]}, not installed yet"
+        raise UserError(f"{what}; run `make model CONFIG=...` with the configuration that names it.")
     file = packaged_file(name) if name in PACKAGED else Path(name).expanduser()
     if not file.is_file():
         remedy = "run `make model`, which installs it again" if name in PACKAGED else "correct the path"
@@ -115,19 +116,18 @@ def _check_room(size: int, folder: Path, start: str) -> None:
         ("of memory", IN_MEMORY * size, memory, "close other programs, or choose a smaller model"),
     ):
         if there < needed:
-            short = f"turning it into a folder takes {needed / 2**30:.1f} GiB {what}, and {there / 2**30:.1f}"
-            raise UserError(f"{start} {short} are free; {remedy}.")
+            short = f"its conversion takes {needed / 2**30:.2f} GiB {what}, and {there / 2**30:.2f} are free"
+            raise UserError(f"{start} {short}; {remedy}.")
 
 
 def _convert(file: Path, folder: Path, start: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    at = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     with explain_errors(f"{start} transformers cannot read it", f"choose another model, or {AGAIN}"):
-        options = {"dtype": torch.float32, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**at, **options)
+        options: Any = {"gguf_file": file.name, "dtype": torch.float32, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, **options)
         model, report = loaded
-        tokenizer = AutoTokenizer.from_pretrained(**at)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{missing[0]} is missing")
         if not all(weight.isfinite().all() for weight in model.parameters()):

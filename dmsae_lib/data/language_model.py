@@ -30,7 +30,7 @@ def choose_device(device: str) -> str:
 
 
 def choose_dtype(dtype: str, device: str) -> str:
-    """``auto`` is bfloat16 where the processor multiplies in it (AMX, AVX512-BF16, or the GPU), else float32."""
+    """``auto`` is bfloat16 where processor (AMX, AVX512-BF16) or GPU multiply in it, else float32."""
     if dtype != "auto":
         return dtype
     if device == "cuda":
@@ -97,7 +97,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def _in_place_of_blocks(self, resid: Tensor) -> Iterator[None]:
-        """Inside the block each of the model's blocks up to the hook gives ``resid``, and computes nothing."""
+        """Inside, each of the model's blocks up to the hook gives ``resid`` and computes nothing."""
         given = resid.to(getattr(torch, self.config.dtype))
         with contextlib.ExitStack() as patches:
             for block in self.bridge.blocks[: self.layer + 1]:

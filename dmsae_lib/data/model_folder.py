@@ -30,9 +30,11 @@ def resolve(name: str) -> Path:
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(f"{start} there is no such folder; correct the path.")
         if "/" not in name:
-            known = ", ".join([*sorted(path.parent.name for path in EMBEDDED.glob("*/config.json")), *PACKAGED])
+            known = ", ".join(
+                [*sorted(path.parent.name for path in EMBEDDED.glob("*/config.json")), *PACKAGED]
+            )
             raise UserError(
-                f"{start} give a model that is here ({known}), a folder, a GGUF file, or a Hub id (owner/name)."
+                f"{start} give one that is here ({known}), a folder, a GGUF file, or a Hub id (owner/name)."
             )
         folder = _download(name)
     if not (folder / "config.json").is_file():

@@ -12,8 +12,8 @@ from dmsae_lib.data.language_model import LanguageModel, next_token_loss
 def compared(model: LanguageModel, contexts: Contexts) -> dict[str, Any] | None:
     """A bfloat16 ``model`` beside the same weights in float32, on the first batch; None for a float32 one.
 
-    ``loss`` and ``loss_float32`` in nats per token; ``residual_error``: norm of the residuals' difference over
-    their norm, the median and the largest over usable positions.
+    ``loss`` and ``loss_float32`` in nats per token; ``residual_error``: the norm of the residuals' difference
+    over their norm, the median and the largest over usable positions.
     """
     if model.config.dtype == "float32":
         return None
