@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -121,9 +122,10 @@ def _check_room(size: int, folder: Path, start: str) -> None:
 
 
 def _convert(file: Path, folder: Path, start: str) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
-    with explain_errors(f"{start} transformers cannot read it", f"choose another model, or {AGAIN}"):
+    quiet = patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors)
+    with quiet, explain_errors(f"{start} transformers cannot read it", f"choose another model, or {AGAIN}"):
         options: Any = {"gguf_file": file.name, "dtype": torch.float32, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, **options)
         model, report = loaded
