@@ -29,8 +29,8 @@ def rotated(weight: np.ndarray, heads: int) -> np.ndarray:
 def save_gguf(
     file: Path, seed: int = 0, architecture: str = "llama", spoil: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Writes ``file``, matrices in Q4_1 and norms in F32, and beside it the folder ``plain``: the tokenizer and
-    the weights before. Returns the weights that a reader must find, by transformers' names.
+    """Writes ``file``, matrices in Q4_1 and norms in F32, and beside it the folder ``plain``: tokenizer and
+    weights before. Returns the weights that a reader must find, by transformers' names.
 
     ``spoil``: one weight is NaN.
     """
