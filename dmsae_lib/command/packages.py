@@ -33,7 +33,8 @@ def bring_in(config: str, run: str = "", overrides: list[str] | tuple[str, ...] 
     if done.returncode:
         said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         why = next((line for line in said if line.startswith("ERROR")), (said or ["no message"])[-1])
-        problem = f"What {opened.config.model.name} needs could not be installed ({why.rstrip('.:')[:200]})"
+        why = why.split(". ")[0].rstrip(".:")
+        problem = f"What {opened.config.model.name} needs could not be installed ({why})"
         raise UserError(f"{problem}; mend that and run the same command again.")
 
 

@@ -1,5 +1,7 @@
 """dtype: auto, and bfloat16 held against float32."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from builders.models import BOS, save_model
@@ -8,6 +10,7 @@ from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel, choose_dtype, describe, next_token_loss
 from dmsae_lib.data.precision import compared
+from dmsae_lib.distill import harvest
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -88,3 +91,23 @@ def test_the_upper_half_leaves_out_what_is_below_and_gives_the_same(tmp_path, on
     assert torch.equal(
         model.upper(tokens, model.lower(tokens)), model.logits(tokens)
     )  # nothing is left behind
+
+
+def test_a_run_goes_on_in_the_precision_of_its_harvest(monkeypatch, tmp_path, folder):
+    """Wherever it is continued: `auto` is decided once."""
+    asked = []
+    record = {"model": {"hash": "h", "hook_name": HOOK, "dtype": "bfloat16"}, "outlier_limit": 1.0}
+    monkeypatch.setattr(harvest.artifacts, "load", lambda *_: SimpleNamespace(json=lambda _: record))
+    monkeypatch.setattr(harvest.Contexts, "load", lambda *_: None)
+
+    def model(config, device):
+        asked.append(config.dtype)
+        return SimpleNamespace(hash="h", hook_name=HOOK, bos=0)
+
+    monkeypatch.setattr(harvest, "LanguageModel", model)
+    for dtype in ("auto", "float32"):
+        config = ModelConfig(name=folder, hook_name=HOOK, context_size=16, dtype=dtype)
+        harvest.open_harvest(
+            SimpleNamespace(folder=tmp_path, config=SimpleNamespace(model=config, device="cpu"))
+        )
+    assert asked == ["bfloat16", "float32"]
