@@ -26,7 +26,7 @@ DOCUMENTED = {
     "cycle",
     "chain",
     "k",
-    "core",
+    "arm",
     "seed",
     "suite",
     "factors",

@@ -211,9 +211,8 @@ class RetrainConfig(Section):
 class SuiteConfig(Section):
     """The evals of ``make saebench``, beside the two that ``make reproduce`` runs."""
 
-    evals: EachOnce[Annotated[str, one_of(EVALS)]] | None = (
-        None  # None: all of them; those that cannot run here say why
-    )
+    # None: all of them; those that cannot run here say why
+    evals: EachOnce[Annotated[str, one_of(EVALS)]] | None = None
     arms: EachOnce[Arm] = ["none", "distilled"]
     ks: EachOnce[Positive] | None = None  # None: retrain.ks
     seeds: EachOnce[int] | None = None  # training seeds; None: retrain.seeds

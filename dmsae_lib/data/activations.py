@@ -6,7 +6,7 @@ so any batch can be made again without replaying the ones before.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ ROUNDING = 1e-6  # of a mean square of float32 numbers: a smaller variance is no
 NORM_SAMPLE_ROWS = 64  # contexts from which the median norm is measured
 
 Cursor = tuple[int, int, int]
-Batches = Iterator[tuple[Tensor, Cursor]]
+Batches = Generator[tuple[Tensor, Cursor], None, None]
 START: Cursor = (0, 0, 0)
 
 

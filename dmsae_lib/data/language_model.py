@@ -1,5 +1,4 @@
-"""One door to any causal language model, split at a hook: ``lower`` gives the residual, ``upper`` the
-logits."""
+"""One door to any causal language model, split at a hook: ``lower`` gives residuals, ``upper`` logits."""
 
 import contextlib
 import math

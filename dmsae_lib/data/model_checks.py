@@ -83,9 +83,8 @@ def check(model: Any, expected: Expected) -> None:
             raise UserError(
                 f"{start} {problem} ({what}: {apart:.2g} apart, relative to their size); {REMEDY}."
             )
-        if (
-            not _apart(ours[:1, :-1], ours[1:, :-1]) <= tolerance / 10
-        ):  # measured: 0, both rows are computed alike
+        # measured: 0, both rows are computed alike
+        if not _apart(ours[:1, :-1], ours[1:, :-1]) <= tolerance / 10:
             problem = f"{kind} is not causal: a token changes the {what} of those before it"
             raise UserError(f"{start} {problem}; choose a model that predicts the next token.")
 

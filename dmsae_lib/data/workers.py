@@ -23,8 +23,7 @@ _model: LanguageModel  # of a worker
 
 
 class Workers:
-    """``n`` processes that hold ``model``, started at the first call; this one alone if n is 1 or on a
-    GPU."""
+    """``n`` processes that hold ``model``, started at the first call; if n is 1 or on a GPU, this one."""
 
     def __init__(self, model: LanguageModel, n: int = 1):
         self.model, self.n = model, n if model.device == "cpu" else 1

@@ -56,10 +56,8 @@ class Sums:
     def __init__(self, n: int):
         zeros = torch.zeros(4, n, dtype=torch.float64)
         self.absolute, self.signed, self.active, self.activation = zeros  # |A|, A, f > 0, f
-        self.histogram, self.tokens = (
-            torch.zeros(n, BINS, dtype=torch.float64),
-            0,
-        )  # of log10 |A|, where f > 0
+        self.histogram = torch.zeros(n, BINS, dtype=torch.float64)  # of log10 |A|, where f > 0
+        self.tokens = 0
 
     def add(self, f: Tensor, a: Tensor) -> None:
         f, a = f.double().cpu(), a.double().cpu()

@@ -23,9 +23,9 @@ from dmsae_lib.store.seeds import generator
 
 NEAR_COPY = 0.9  # |cosine| of encoder rows above which a latent is a copy of another (method, section 5)
 ROUNDING = 1e-4  # cosines of one row with itself, at another norm, differ from 1 by less
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {}  # of each control
 
 Function = Callable[..., Tensor]
+FUNCTIONS: dict[str, Function] = {}  # of each control
 
 
 def control(name: str) -> Callable[[Function], Function]:
@@ -59,10 +59,8 @@ def candidate_pool(cycles: Sequence[Candidates]) -> Pool:
     A draw of copies would span less than the distilled core, and lose for that reason alone.
     """
     ids = [name for part in cycles for name in part.ids]
-    rows, frequency = (
-        torch.cat([part.rows for part in cycles]),
-        torch.cat([part.frequency for part in cycles]),
-    )
+    rows = torch.cat([part.rows for part in cycles])
+    frequency = torch.cat([part.frequency for part in cycles])
     near = cosines(rows, rows) > NEAR_COPY
     kept: list[int] = []
     for i in range(len(rows)):
@@ -184,7 +182,9 @@ class Arms:
             return control_core(arm, self.core, self.pool, x, random)
         if arm == "cold_start":  # what free latents start with
             return Frozen(F.normalize(torch.randn(self.core.rows.shape, generator=random), dim=1))
-        return Frozen(self.core.rows, [latent.id for latent in self.core.latents], self.core.frequency)
+        if arm in ("distilled", "warm_start"):
+            return Frozen(self.core.rows, [latent.id for latent in self.core.latents], self.core.frequency)
+        raise UserError(f"retrain names the arm {arm}, and Arms.frozen makes nothing of it: write it there.")
 
     def overlap(self, ids: list[str] | None) -> float | None:
         """Share of latents ``ids`` that the distilled core holds; None for rows that are no latents."""

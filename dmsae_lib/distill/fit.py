@@ -1,5 +1,6 @@
 """From a harvest to finished SAEs: train, calibrate, measure, write. Notebooks 02, 05 and 09 share it."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,9 +94,10 @@ def _fit_together(jobs: Sequence[Job], harvest: Harvest, report: Callable[[str],
         stream = source.batches(size, shared.order_seed, shared.order, cursor)
         return prefetched(stream, shared.training.prefetch)
 
-    start = source.batches(size, shared.order_seed, shared.order)
     matching = any(job.training.core_bias_init == "match_frequency" for job in jobs)
-    first = [next(start)[0] for _ in range(MATCH_BATCHES if matching else 1)]
+    # closed: a stream would hold its first block of activations until the last SAE is trained
+    with contextlib.closing(source.batches(size, shared.order_seed, shared.order)) as start:
+        first = [next(start)[0] for _ in range(MATCH_BATCHES if matching else 1)]
     trainers = [_trainer(job, harvest, first) for job in jobs]
     checkpoints = [job.folder.with_name(f".{job.folder.name}.checkpoint") for job in jobs]
 

@@ -21,9 +21,8 @@ from dmsae_lib.distill.core import final_core, read_core
 from dmsae_lib.sae.model import FoldedSAE, load_folded
 from dmsae_lib.store.seeds import generator
 
-SAME = (
-    0.7  # a matched pair above this |cosine|, or correlation, counts as the same latent (method, section 7)
-)
+# A matched pair above this |cosine|, or correlation, counts as the same latent (method, section 7).
+SAME = 0.7
 
 
 def matched(similarity: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ which."""
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from dmsae_lib.config import sections
 from dmsae_lib.config.sections import CoreSettings
 from dmsae_lib.report.equal_l0 import CHAIN, SEED, per_unit
 
@@ -32,6 +33,17 @@ ARMS: dict[str, Look] = {
 KINDS = {"relu": "ReLU", "batchtopk": "equal-L0"}
 # beside the main chain's
 OTHER_KINDS = (("#5c3317", "8"), ("#b3a125", "h"), ("#7f7f7f", "*"), ("#3b5323", "H"))
+
+
+def check_names() -> None:
+    """Every arm that a configuration may name has its look here; else RuntimeError."""
+    if missing := [arm for arm in sections.ARMS if arm not in ARMS]:
+        raise RuntimeError(
+            f"The arm {missing[0]} of config.sections.ARMS has no look: add it to report.series.ARMS."
+        )
+
+
+check_names()
 
 
 class Kind(NamedTuple):

@@ -124,8 +124,7 @@ class Task(NamedTuple):
         return {"sae": sae.hash, "settings": hash_json(depends(self.name, settings))}
 
     def scored(self, run: Any, sae: Artifact, settings: SaebenchConfig) -> Artifact | None:
-        """Its result, where it is there for this very SAE under these settings; what was not run may run
-        now."""
+        """Its result for this very SAE under these settings, or None; what was not run may run now."""
         found = made(self.folder(run), "scores", self.made_from(sae, settings))
         return found if found and "not_run" not in found.json("scores.json")["result"] else None
 

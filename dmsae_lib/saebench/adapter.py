@@ -1,5 +1,4 @@
-"""Our SAEs and models as sae_bench wants them, and its side effects kept away from the rest of the
-process."""
+"""Our SAEs and models as sae_bench wants them; its side effects are kept from the rest of the process."""
 
 import contextlib
 import gc

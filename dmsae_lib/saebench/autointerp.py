@@ -1,5 +1,4 @@
-"""SAEBench's automated interpretability: a language model explains latents from examples, then tells where
-they fire.
+"""SAEBench's automated interpretability: a language model explains latents, then tells where they fire.
 
 Any endpoint that speaks OpenAI's chat completions can judge. The key comes from the environment variable
 OPENAI_API_KEY and goes to the client alone: sae_bench, which only knows api.openai.com and gpt-4o-mini, never
@@ -62,8 +61,7 @@ class Judge:
 
 
 def run_autointerp(sae: SAE, model: LanguageModel, bench: Bench, seed: int) -> Row:
-    """sae_bench's autointerp score: of 14 examples, the share of which a judge tells rightly whether the
-    latent fires.
+    """sae_bench's autointerp score: the share of 14 examples of which a judge rightly says if a latent fires.
 
     Rows of the test split that end in padding (BOS) are left out. ``judge_latents`` of the settings (two
     requests each) are drawn from the latents that fire more than 15 times. A judge who always says "none"

@@ -128,10 +128,8 @@ def _reviews(first: str, second: str) -> dict[tuple[str, str], list[str]]:
 def _world_sport() -> dict[tuple[str, str], list[str]]:
     """News of two topics that name one of the two agencies."""
     four = _labelled("97_news_class")
-    world, sport = (
-        four["Politics"] + _labelled("161_agnews_0")["1"],
-        four["Sport"] + _labelled("162_agnews_1")["1"],
-    )
+    world = four["Politics"] + _labelled("161_agnews_0")["1"]
+    sport = four["Sport"] + _labelled("162_agnews_1")["1"]
     return {
         (job, gender): [t for t in dict.fromkeys(texts) if agency.search(t) and not other.search(t)]
         for job, texts in (("professor", world), ("nurse", sport))

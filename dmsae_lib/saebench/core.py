@@ -1,5 +1,4 @@
-"""sae_bench's ``core`` eval: loss recovered, sparsity and reconstruction, on rows of our own tokens or on its
-own data set.
+"""sae_bench's ``core`` eval: loss recovered, sparsity, reconstruction, on our own tokens or its data set.
 
 What sae_bench 0.6.0 computes differently from :mod:`dmsae_lib.distill.evaluation`: its ``explained_variance``
 subtracts the wrong mean, and its losses count a BOS as target (never as input).

@@ -1,6 +1,7 @@
-"""sae_bench's own data sets: from a local folder that holds them under their Hub names
-(``<data>/LabHC/bias_in_bios/train.jsonl``, or what ``hf download --repo-type dataset`` wrote), else from the
-Hub.
+"""sae_bench's own data sets: from a local folder, else from the Hub.
+
+The folder holds them under their Hub names: ``<data>/LabHC/bias_in_bios/train.jsonl``, or what ``hf download
+--repo-type dataset`` wrote.
 
 ``HF_HUB_OFFLINE=1`` stands for what is in the Hub's cache. sae_bench asks the Hub for two of them,
 github-code and openwebtext, with ``trust_remote_code``: their own loading scripts run on this machine.
@@ -34,8 +35,7 @@ def hub_out_of_reach() -> str | None:
 
 
 def from_hub(what: str, name: str, data: Path | None, fetch: Callable[[], Any]) -> Any:
-    """What ``fetch`` gets of the data set ``name``; NotRun where neither the Hub nor (offline) its cache has
-    it."""
+    """What ``fetch`` gets of the data set ``name``; NotRun where neither Hub nor (offline) cache has it."""
     reason, place = hub_out_of_reach(), f" and there is no {data / name}" if data else ""
     if reason and "OFFLINE" not in reason:  # offline, what is in the cache is found without a request
         raise NotRun(f"it needs {what} {name}, but {reason}{place}")

@@ -24,8 +24,7 @@ RECORDED = ("width_ratio", "k", "train_steps", "train_batch_size", "learning_rat
 
 
 def run_meta_structure(sae: SAE, model: LanguageModel, bench: Bench, seed: int, steps: int = STEPS) -> Row:
-    """sae_bench's ``decoder_fraction_variance_explained`` of an SAE, and of random rows with the decoder's
-    norms.
+    """sae_bench's ``decoder_fraction_variance_explained`` of an SAE, and of random rows of the same norms.
 
     ``metrics``: the fraction for the decoder (d_sae, d_in), for the random rows (``random_rows_...``), and
     what the first has more (``above_random_rows``); ``settings``: those of the meta-SAE. Width and k are

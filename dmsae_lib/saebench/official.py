@@ -1,5 +1,4 @@
-"""sae_bench's sparse_probing, tpp and scr on the data sets that they were made for, by their own
-``run_eval``.
+"""sae_bench's sparse_probing, tpp and scr on the data sets they were made for, by their own ``run_eval``.
 
 Activations and probes that the SAEs share are kept in the cache, in a folder named by the hash of all that
 decides them. They are large: 14 GB per set for Gemma-2-2B at sae_bench's sizes.
@@ -98,8 +97,7 @@ def _by_set(found: Row) -> dict[str, Row]:
 
 
 def run_sparse_probing_hub(sae: SAE, model: LanguageModel, bench: Bench, seed: int, **options: Any) -> Row:
-    """sae_bench's original sparse probing: logistic probes on the k latents of largest mean difference, k =
-    1, 2, 5.
+    """sae_bench's original sparse probing: logistic probes on the 1, 2, 5 latents of largest mean difference.
 
     ``options`` take the place of sae_bench's own (``dataset_names``, ``probe_train_set_size`` ...). Returns
     ``{"metrics": {sae_top_1_test_accuracy, llm_top_1_test_accuracy, ..., sae_test_accuracy (all latents),
@@ -119,8 +117,7 @@ def run_sparse_probing_hub(sae: SAE, model: LanguageModel, bench: Bench, seed: i
 def run_perturbation_hub(
     sae: SAE, model: LanguageModel, bench: Bench, seed: int, scr: bool, **options: Any
 ) -> Row:
-    """sae_bench's spurious correlation removal (``scr``) or targeted probe perturbation, on its own class
-    pairs.
+    """sae_bench's spurious correlation removal (``scr``) or targeted probe perturbation, on its own pairs.
 
     Ablates the n latents of largest effect, for those of sae_bench's n = 2 ... 500 that the SAE has;
     ``options`` as in :func:`run_sparse_probing_hub`. Returns ``{"metrics": {scr_metric_threshold_n or

@@ -1,5 +1,4 @@
-"""sae_bench's targeted probe perturbation (TPP) and spurious correlation removal (SCR) on texts of the
-sae-probes wheel.
+"""sae_bench's targeted probe perturbation (TPP) and spurious correlation removal (SCR) on embedded texts.
 
 Probes on the mean residual of a text tell classes apart (:mod:`dmsae_lib.saebench.class_pairs`). TPP: what
 ablating the n latents of largest effect on one class's probe takes from that probe's accuracy, less what it
@@ -127,8 +126,7 @@ def _shared(model: LanguageModel, texts: Texts, scr: bool, seed: int) -> tuple[d
 
 
 def _residuals(model: LanguageModel, texts: list[str], context: int) -> list[Tensor]:
-    """Each text's residuals (tokens, d_model) on the CPU, without BOS and outliers; of a long text, the
-    beginning."""
+    """Each text's residuals (tokens, d_model) on the CPU, of its beginning, without BOS and outliers."""
     ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
     rows = [[model.bos, *one[: context - 1]] for one in ids]
     found: dict[int, Tensor] = {}
@@ -140,8 +138,7 @@ def _residuals(model: LanguageModel, texts: list[str], context: int) -> list[Ten
 
 
 class Pooled:
-    """An SAE on mean residuals, for sae_bench's ablations: each comes with its text's number as one more
-    channel.
+    """An SAE on mean residuals, for sae_bench's ablations: one more channel holds the text's number.
 
     ``encode`` looks up the text's mean activations; what an ablation takes away is linear in them, so the
     outcome is the mean over the tokens of what ablating token by token gives. ``W_dec`` is (d_sae, d_in + 1),

@@ -1,5 +1,4 @@
-"""SAEBench's sparse probing (sae_probes): how well k latents tell the classes of labelled texts apart, and
-baselines.
+"""SAEBench's sparse probing (sae_probes): how well k latents tell classes of texts apart, and baselines.
 
 sae_probes finds the model's activations already in its cache, so it looks for no model on the Hub.
 
@@ -108,8 +107,7 @@ def _activations(model: LanguageModel, name: str) -> np.ndarray:
 
 
 def _last_token_residuals(model: LanguageModel, texts: list[str]) -> Tensor:
-    """(texts, d_model) float32 on the CPU: BOS, then at most context_size - 1 tokens from the end of the
-    text."""
+    """(texts, d_model) float32 on the CPU: after BOS and the text's last context_size - 1 tokens."""
     room, ids = model.config.context_size - 1, model.tokenizer(texts, add_special_tokens=False)["input_ids"]
     rows = [[model.bos, *one[-room:]] for one in ids]
     found = torch.empty(len(rows), model.d_model)
@@ -162,8 +160,7 @@ def _by_k(found: Row, ks: Sequence[int]) -> dict[str, dict[str, float]]:
 
 
 def probing_baselines(workers: Workers, bench: Bench) -> Row:
-    """What probing reaches without an SAE, on the texts and splits of :func:`run_probing` with the bench's
-    seed.
+    """What probing reaches without an SAE, on the splits of :func:`run_probing` with the bench's seed.
 
     ``dense``: sae_probes' own baseline, a logistic probe on all channels of the residual stream.
     ``best_channel``: the one-latent probe on the channel with the largest training AUC (a stronger choice
@@ -178,8 +175,7 @@ def probing_baselines(workers: Workers, bench: Bench) -> Row:
 
 
 def suitable(baselines: Row, at_least: float) -> tuple[str, ...]:
-    """The sets whose classes a dense probe tells apart with this accuracy: in the others there is nothing to
-    find."""
+    """The sets whose classes a dense probe tells apart with this accuracy: others hold nothing to find."""
     return tuple(name for name, row in baselines.items() if row["dense"]["accuracy"] >= at_least)
 
 
@@ -207,12 +203,8 @@ def _baselines(model: LanguageModel, name: str, folder: Path, seed: int) -> Row:
         dense = find_best_reg(x, y, x_test, y_test, seed=seed)
         single = find_best_reg(x[:, best], y, x_test[:, best], y_test, penalty=REGULARISER, seed=seed)
     share = float(np.mean(y_test))
-    results: Row = {
-        "n_train": len(y),
-        "n_test": len(y_test),
-        "channel": best[0],
-        "majority": max(share, 1 - share),
-    }
+    results: Row = {"n_train": len(y), "n_test": len(y_test), "channel": best[0]}
+    results["majority"] = max(share, 1 - share)
     for kind, probe in (("dense", dense.metrics), ("best_channel", single.metrics)):
         results[kind] = {"accuracy": probe.test_acc, "auc": probe.test_auc, "f1": probe.test_f1}
     return results

@@ -1,5 +1,4 @@
-"""SAEBench's RAVEL: can one attribute of an entity (a city's country) be changed through latents, and the
-others left?
+"""SAEBench's RAVEL: can one attribute of an entity (a city's country) be changed and the others left?
 
 Only for models that know the facts: the prompts whose answers the model gets right are found once per model.
 sae_bench runs RAVEL on transformers' model itself, so that is loaded beside ours, in float32 (sae_bench:

@@ -1,5 +1,4 @@
-"""SAEBench's unlearning: do clamped latents take away what a model knows of WMDP's biology questions, and
-nothing else?
+"""SAEBench's unlearning: do clamped latents take away WMDP's biology questions, and nothing else?
 
 Only for instruction-tuned Gemma 2, whose prompts sae_bench knows, with the forget corpus at hand. sae_bench
 writes its scores for each intervention as pickles and reads them back: in a folder of this call alone,

@@ -8,7 +8,15 @@ from builders.sae import latent, random
 from dmsae_lib.config import sections
 from dmsae_lib.config.sections import CONTROLS, NEW_ROWS
 from dmsae_lib.distill import controls
-from dmsae_lib.distill.controls import Pool, candidate_pool, control, control_core, geometry, placebo_rows
+from dmsae_lib.distill.controls import (
+    Arms,
+    Pool,
+    candidate_pool,
+    control,
+    control_core,
+    geometry,
+    placebo_rows,
+)
 from dmsae_lib.distill.core import Candidates, Core
 from dmsae_lib.store.artifacts import UserError
 
@@ -223,3 +231,12 @@ def test_a_control_of_ones_own(monkeypatch):
     assert ids is None and torch.equal(rows, torch.diag(CORE.rows.norm(dim=1)) @ torch.eye(D_IN)[:5])
     assert torch.equal(placebo_rows("toy", CORE, rows[:2], X, seeded(0)), rows)
     assert control_core("rarest", CORE, make_pool(), X, seeded(0)).ids == [f"c0:{i}" for i in range(5)]
+
+
+def test_an_arm_that_nothing_is_made_of_is_no_distilled_one_under_another_name(monkeypatch):
+    arms = Arms(CORE, make_pool(), 0, "main")
+    assert arms.frozen("none", 0, X) is None
+    assert all(torch.equal(arms.frozen(arm, 0, X).rows, CORE.rows) for arm in ("distilled", "warm_start"))
+    monkeypatch.setitem(sections.ARMS, "toy_free", "unfrozen")
+    with pytest.raises(UserError, match="the arm toy_free.*Arms.frozen"):
+        arms.frozen("toy_free", 0, X)
