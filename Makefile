@@ -36,12 +36,13 @@ quoted = '$(subst ','\'',$(value $1))'
 WHICH = --config $(call quoted,CONFIG) $(if $(RUN),--run $(call quoted,RUN)) $(if $(value SET),--set $(call quoted,SET))
 # Lines that call make run even with -n, where nothing has been set up yet.
 DRY = $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
+NO_PYTHON = echo "error: there is no $(PY): run 'make setup' or name a Python that there is as PY" >&2; exit 1
 UNREADY = $(if $(DRY),echo "the stages are listed once 'make setup' has run"; exit 0,\
-  echo "error: there is no $(PY): run 'make setup' or name a Python that there is as PY" >&2; exit 1)
+  $(NO_PYTHON))
 READY = $(if $(ENVIRONMENT),[ -e $(ENVIRONMENT) ] &&) command -v $(PY) > /dev/null || { $(UNREADY); }
 
 .DEFAULT_GOAL = help
-.PHONY: help setup reproduce stages saebench smoke test test-slow lint base-model status compare publish core push-core figures sizing bench bench-environment mend clean lock
+.PHONY: help setup reproduce stages model saebench smoke test test-slow lint base-model status compare publish core push-core figures sizing bench bench-environment mend clean lock
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -61,7 +62,10 @@ setup: $(ENVIRONMENT) ## install everything, pinned, into .venv (Python 3.11 or 
 reproduce: stages ## run the whole paper for CONFIG: every stage, the figures, then compare with what is published
 	@$(PY) -m dmsae_lib.command.manage compare $(WHICH)
 
-stages: $(ENVIRONMENT) ## run the stages that are missing or stale (with -n: print them)
+model: $(ENVIRONMENT) ## install what CONFIG's language model needs beyond the set-up; reproduce and stages do it by themselves
+	@command -v $(PY) > /dev/null || { $(NO_PYTHON); }; $(PY) -m dmsae_lib.command.packages $(WHICH)
+
+stages: model ## run the stages that are missing or stale (with -n: print them)
 	@$(READY); $(PY) -m dmsae_lib.command.plan $(WHICH) --make "$(MAKE)" $(STAGE)
 
 saebench: stages ## run the rest of SAEBench (saebench.suite: absorption, TPP, SCR ...), then the summary with it

@@ -3,6 +3,7 @@ figure.
 
     python -m benchmarks.run                       every case (on a GPU: the paper's shape)
     python -m benchmarks.run --case S-clean S-dead  these alone; the others stay as they were measured last
+    python -m benchmarks.run --case language-model  the model's two halves beside plain transformers
     python -m benchmarks.run --figure              draw the figure again from bench.json
 """
 
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, figure, inputs, measure
+from benchmarks import cases, figure, inputs, language_model, measure
 from benchmarks.cases import DICTIONARY, OURS, PEERS, Case
 from dmsae_lib.store.artifacts import UserError, repository_root, write_json
 from dmsae_lib.store.process import prepare
@@ -141,6 +142,12 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.figure:
         figure.draw(json.loads((out / "bench.json").read_text()), out)
         return
+    if language_model.CASE in chosen.case:
+        prepare(cases.THREADS)
+        language_model.bench(out, rounds=1 if chosen.quick else 7)
+        chosen.case.remove(language_model.CASE)
+        if not chosen.case:
+            return
     if chosen.prepare:
         prepare(cases.THREADS)
         for shape in dict.fromkeys(case.shape for case in order):

@@ -15,6 +15,7 @@ from dmsae_lib.config import RunConfig
 from dmsae_lib.config.sections import LONGER, UNFROZEN
 from dmsae_lib.data.activations import NORM_SAMPLE_ROWS
 from dmsae_lib.data.corpus import DOCUMENTS, PROBING_SETS
+from dmsae_lib.data.language_model import choose_device, choose_dtype
 from dmsae_lib.distill.evaluation import CALIBRATION_TOKENS
 from dmsae_lib.distill.evaluation import SHARED_BYTES as MEASURING_BYTES
 from dmsae_lib.report.results import Results
@@ -73,7 +74,7 @@ class Sizing:
         self.config, self.shape, self.machine, self.text, self.dead = config, shape, machine, text, dead
         self.blocks = int(config.model.hook_name.split(".")[1]) + 1  # below the hook
         self.context = config.model.context_size
-        self.element = 4 if config.model.dtype == "float32" else 2
+        self.element = 4 if choose_dtype(config.model.dtype, choose_device(config.device)) == "float32" else 2
         self.plain, self.cored = (
             SAESize(shape.d_model, config.sae.d_sae, c, tuple(config.sae.prefixes)) for c in (0, core)
         )
@@ -85,9 +86,14 @@ class Sizing:
         return self.shape.forward(tokens / self.text.usable, self.blocks, self.context, self.element)
 
     def whole(self, tokens: float) -> Op:
-        """The whole model; with something else in the hook's place the blocks below run too."""
+        """The whole model; so do sae_bench's passes run, whatever is put in the hook's place."""
         positions = tokens / self.text.usable
         return self.shape.forward(positions, self.shape.layers, self.context, self.element, logits=True)
+
+    def upper(self, tokens: float) -> Op:
+        """The model from the hook on."""
+        positions, above = tokens / self.text.usable, self.shape.layers - self.blocks
+        return self.shape.forward(positions, above, self.context, self.element, logits=True)
 
     def _fit(self, sae: SAESize, k: int, factor: int = 1) -> list[Op]:
         """Train on given batches, calibrate the threshold, measure on `test`."""
@@ -96,7 +102,7 @@ class Sizing:
         test = self.text.collected(cfg.data.test_tokens)
         step = sae.step(cfg.training.batch_size, k, self.machine, self.dead)
         ops = [*(op * cfg.steps(factor) for op in step), self.lower(select), sae.encode(select)]
-        return [*ops, self.lower(test), self.whole(2 * test), sae.encode(test), sae.decode(test)]
+        return [*ops, self.lower(test), self.upper(2 * test), sae.encode(test), sae.decode(test)]
 
     def _attribute(self, sae: SAESize) -> list[Op]:
         tokens = self.text.collected(self.config.data.select_tokens)
@@ -104,7 +110,7 @@ class Sizing:
         positions, candidates = tokens / self.text.usable, sae.core + sae.prefixes[0]
         back = self.shape.backward(positions, self.shape.layers - self.blocks, self.context, self.element)
         flops, moved = 2 * (positions + tokens) * candidates * sae.d_in, 120 * tokens * candidates
-        ops = [self.lower(tokens), self.whole(tokens), back, sae.encode(positions, candidates)]
+        ops = [self.lower(tokens), self.upper(tokens), back, sae.encode(positions, candidates)]
         return [*ops, Op("contributions", flops, moved)]  # sums in float64
 
     def _streamed(self, jobs: Iterable[tuple[bool, int]]) -> float:
@@ -198,7 +204,7 @@ class Sizing:
         data, test = self.config.data, self.text.collected(self.config.data.test_tokens)
         sample = NORM_SAMPLE_ROWS * self.context * self.text.usable
         # bare, zero and mean ablation
-        ops = [self.lower(data.train_tokens + sample + test), self.whole(3 * test)]
+        ops = [self.lower(data.train_tokens + sample + test), self.whole(test), self.upper(2 * test)]
         disk = self.token_files + (self.shards if data.store == "disk" else 0)
         return Stage("harvest", 1, ops, self.logits_memory(backward=False), disk)
 

@@ -7,6 +7,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, Field, PlainSerializer, ValidationInfo
 
+from dmsae_lib.config.packaged import PACKAGED
+
 EMBEDDED = Path(__file__).parents[1] / "embedded"  # language models that come with the package, a folder each
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -46,7 +48,7 @@ class _Place(str):
 def _place(value: str, info: ValidationInfo) -> str:
     """What ``value`` names below the context's ``base``; as it is where nothing lies there (a Hub name)."""
     base = (info.context or {}).get("base")
-    if base is None or value in ("", "embedded") or (EMBEDDED / value / "config.json").is_file():
+    if base is None or value in ("", "embedded", *PACKAGED) or (EMBEDDED / value / "config.json").is_file():
         return value
     place = _Place(os.path.normpath(os.path.join(base, os.path.expanduser(value))))
     if not os.path.exists(place):

@@ -68,10 +68,11 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: Local  # an embedded name, a local Hub-format folder, or a Hub id
+    name: Local  # an embedded or packaged name, a local Hub-format folder or GGUF file, or a Hub id
     hook_name: str  # the residual stream after a block
     context_size: Annotated[int, Field(ge=8)]
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # auto: bfloat16 where the processor multiplies in it, else float32; records say which it was
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     batch_rows: Positive = 32  # contexts per forward pass
     trust_remote_code: bool = False
 

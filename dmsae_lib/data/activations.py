@@ -79,7 +79,7 @@ def harvest(
 
     The scale is sqrt(mean ||x||^2) over the training tokens of one cycle, outliers left out; it is measured
     once and stays the same for every cycle and every k. Sets the model's ``outlier_limit``. Returns the
-    record for record.json (without model and data entries).
+    record for record.json, without what the notebook adds (model, data, precision, bits_per_byte).
     """
     for name, contexts in splits.items():
         contexts.save(writer, name)

@@ -1,8 +1,10 @@
 """What a language model reads: rows of token ids, cut from documents, and which of their positions count."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +39,11 @@ class Contexts:
         """Usable positions of every row, (rows,)."""
         return self.usable().sum(1)
 
+    def targets(self) -> Iterator[Tensor]:
+        """Of every row the token ids that a model is scored on predicting."""
+        for tokens, counted in zip(self.tokens[:, 1:], self.usable()[:, 1:]):
+            yield tokens[counted]
+
     def first(self, tokens: int) -> "Contexts":
         """The leading rows that together hold ``tokens`` usable positions."""
         return self[: int(torch.searchsorted(self.usable_count().cumsum(0), tokens)) + 1]
@@ -53,6 +60,13 @@ class Contexts:
     @classmethod
     def load(cls, artifact: Artifact, name: str, bos: int) -> "Contexts":
         return cls(**artifact.tensors(f"{name}.safetensors"), bos=bos)
+
+
+def bits_per_byte(nats_per_token: float, contexts: Contexts, tokenizer: Any) -> float:
+    """A next-token loss per byte of the text (UTF-8) that is predicted, which compares across tokenizers."""
+    targets = list(contexts.targets())
+    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in tokenizer.batch_decode(targets))
+    return nats_per_token * sum(map(len, targets)) / n_bytes / math.log(2)
 
 
 def tokens_hash(splits: dict[str, Contexts]) -> str:

@@ -1,9 +1,11 @@
 """One door to any causal language model, split at a hook: ``lower`` gives residuals, ``upper`` logits."""
 
+import contextlib
 import math
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from dmsae_lib.config.sections import ModelConfig
 from dmsae_lib.data.contexts import Contexts
+from dmsae_lib.data.gguf_folder import weights_as_shipped
 from dmsae_lib.data.model_checks import check
 from dmsae_lib.data.model_folder import model_hash, resolve
 from dmsae_lib.data.model_loading import load_hooked
@@ -25,19 +28,34 @@ def choose_device(device: str) -> str:
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def choose_dtype(dtype: str, device: str) -> str:
+    """``auto`` is bfloat16 where processor (AMX, AVX512-BF16) or GPU multiply in it, else float32."""
+    if dtype != "auto":
+        return dtype
+    if device == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        processor = torch.cpu.get_capabilities()
+        able = processor.get("amx_bf16") or processor.get("avx512_bf16")
+    return "bfloat16" if able else "float32"
+
+
 class LanguageModel:
     """A frozen causal LM with its tokenizer, split at ``hook_name`` (``blocks.<layer>.hook_resid_post``)."""
 
     def __init__(self, config: ModelConfig, device: str = "cpu"):
-        """``config.name``: an embedded model, a local Hub-format folder, or a Hub id.
+        """``config.name``: an embedded or packaged model, a Hub-format folder, a GGUF file, or a Hub id.
 
+        The attribute ``config`` says in ``dtype`` what ``auto`` came to.
         Raises UserError for a model, tokenizer, hook or context size that does not fit, and for a model that
         is not causal or that TransformerLens computes otherwise than transformers does.
         """
+        config = config.model_copy(update={"dtype": choose_dtype(config.dtype, device)})
         self.config, self.device, self.hook_name = config, device, config.hook_name
         self.layer = int(config.hook_name.split(".")[1])
         self.folder = resolve(config.name)
         self.hash = model_hash(self.folder)
+        self.weights = weights_as_shipped(self.folder)
         self.context_size = config.context_size
         self.bridge, self.tokenizer, expected = load_hooked(config, self.folder, self.layer, device)
         self.architecture = expected.architecture
@@ -47,6 +65,7 @@ class LanguageModel:
         self.outlier_limit = math.inf  # a larger norm makes a residual an outlier: the harvest measures it
         # hooks hang on shared modules: a pass of another thread would meet them
         self._one_pass = threading.Lock()
+        self.skips_below = False  # until it is seen to change nothing
         check(self, expected)
 
     @property
@@ -65,12 +84,25 @@ class LanguageModel:
     def upper(self, tokens: Tensor, resid: Tensor) -> Tensor:
         """Logits (rows, positions, vocabulary) with ``resid`` in place of the residual stream at the hook.
 
-        Differentiable in ``resid``. The layers below run too (their output is replaced): a hook works for
-        every architecture, where starting at a layer does not.
+        Differentiable in ``resid``. The blocks up to the hook are left out where that was seen to give the
+        same logits (``skips_below``); in other architectures they run, and the last one's output is replaced.
         """
+        if self.skips_below:
+            with self._one_pass, self._in_place_of_blocks(resid):
+                return self.bridge(tokens)
         put = [(self.hook_name, lambda old, hook: resid.to(old.dtype))]
         with self._one_pass:
             return self.bridge.run_with_hooks(tokens, fwd_hooks=put)
+
+    @contextlib.contextmanager
+    def _in_place_of_blocks(self, resid: Tensor) -> Iterator[None]:
+        """Inside, each of the model's blocks up to the hook gives ``resid`` and computes nothing."""
+        given = resid.to(getattr(torch, self.config.dtype))
+        with contextlib.ExitStack() as patches:
+            for block in self.bridge.blocks[: self.layer + 1]:
+                module = block.original_component
+                patches.enter_context(patch.object(module, "forward", lambda *_, **__: given))
+            yield
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits (rows, positions, vocabulary) of the unchanged model."""
@@ -103,5 +135,6 @@ def lowered(model: LanguageModel, contexts: Contexts) -> Iterator[tuple[Contexts
 
 def describe(model: LanguageModel) -> dict[str, Any]:
     """What harvest/record.json says of the model."""
-    names = ("hash", "n_layers", "d_model", "hook_name", "context_size", "architecture")
-    return {"name": model.config.model_dump()["name"]} | {name: getattr(model, name) for name in names}
+    names = ("hash", "n_layers", "d_model", "hook_name", "context_size", "architecture", "weights")
+    named = model.config.model_dump(include={"name", "dtype"})
+    return named | {name: getattr(model, name) for name in names}

@@ -72,6 +72,7 @@ def check(model: Any, expected: Expected) -> None:
     with explain_errors(f"{start} TransformerLens gives no {model.hook_name} of {kind}", REMEDY):
         block = expected.outputs[f"{model.bridge.adapter.component_mapping['blocks'].name}.{model.layer}"]
         logits = model.upper(tokens, resid := model.lower(tokens))
+        model.skips_below = _may_skip(model, tokens, 2 * resid.roll(1, dims=1))
     pairs = {"residuals at the hook": (resid, block), "logits": (logits, expected.logits)}
     for what, (ours, theirs) in pairs.items():
         if not theirs.isfinite().all():
@@ -86,6 +87,21 @@ def check(model: Any, expected: Expected) -> None:
         if not _apart(ours[:1, :-1], ours[1:, :-1]) <= tolerance / 10:
             problem = f"{kind} is not causal: a token changes the {what} of those before it"
             raise UserError(f"{start} {problem}; choose a model that predicts the next token.")
+
+
+def _may_skip(model: Any, tokens: Tensor, other: Tensor) -> bool:
+    """Whether the upper half needs nothing of the lower one but the residual, here ``other``: equal bits.
+
+    Some architectures carry more (keys and values of lower layers, tuples); those run whole.
+    """
+    whole = model.upper(tokens, other)
+    model.skips_below = True
+    try:
+        return torch.equal(model.upper(tokens, other), whole)
+    except Exception:  # whatever the model's own code raises there
+        return False
+    finally:
+        model.skips_below = False
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:

@@ -5,26 +5,37 @@ from pathlib import Path
 from typing import Any
 
 from dmsae_lib.config.fields import EMBEDDED
+from dmsae_lib.config.packaged import PACKAGED, is_gguf
+from dmsae_lib.data.gguf_folder import hub_folder
 from dmsae_lib.store.artifacts import UserError, sha256_file
 from dmsae_lib.store.atomic import explain_errors
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
+NOT_HASHED = ("manifest.json", "provenance.json")  # an artefact's: when and where it was made
 TOKENIZER_REMEDY = "put its tokenizer.json and tokenizer_config.json beside the weights"
 
 
 def resolve(name: str) -> Path:
-    """The folder of an embedded, local or Hub model, whose files are downloaded where they are not cached.
+    """The folder of an embedded, packaged, local or Hub model.
 
-    Raises UserError where there is no such model, or its folder lacks config.json or safetensors weights.
+    A packaged model, or one in a GGUF file, is converted where that has not been done; the files of a Hub
+    model are downloaded where they are not cached. Raises UserError where there is no such model, or its
+    folder lacks config.json or safetensors weights.
     """
+    if is_gguf(name):
+        return hub_folder(name)
     start = f"model.name is {name}:"
     folder = EMBEDDED / name if (EMBEDDED / name / "config.json").is_file() else Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(f"{start} there is no such folder; correct the path.")
         if "/" not in name:
-            known = ", ".join(sorted(path.parent.name for path in EMBEDDED.glob("*/config.json")))
-            raise UserError(f"{start} give an embedded model ({known}), a folder, or a Hub id (owner/name).")
+            known = ", ".join(
+                [*sorted(path.parent.name for path in EMBEDDED.glob("*/config.json")), *PACKAGED]
+            )
+            raise UserError(
+                f"{start} give one that is here ({known}), a folder, a GGUF file, or a Hub id (owner/name)."
+            )
         folder = _download(name)
     if not (folder / "config.json").is_file():
         raise UserError(f"{start} that folder holds no config.json; give a model in Hub format.")
@@ -47,9 +58,13 @@ def _download(name: str) -> Path:
 def model_hash(folder: Path) -> str:
     """sha256 over the names and contents of the model's configuration, weight and tokenizer files."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
+    for path in sorted(p for p in folder.iterdir() if _counts(p)):
         digest.update(f"{path.name}\0{sha256_file(path)}\0".encode())
     return digest.hexdigest()
+
+
+def _counts(path: Path) -> bool:
+    return path.suffix in (".json", ".safetensors", ".model") and path.name not in NOT_HASHED
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

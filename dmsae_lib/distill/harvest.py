@@ -78,7 +78,10 @@ def open_harvest(run: Run) -> Harvest:
     """Load and verify the harvest of ``run`` and the model it was made with; UserError if they do not fit."""
     artifact = artifacts.load(run.folder / "harvest", "harvest", "stages STAGE=harvest")
     record, config = artifact.json("record.json"), run.config
-    model = LanguageModel(config.model, choose_device(config.device))
+    # what `auto` came to where the harvest was made, on whatever machine the run goes on
+    dtype = record["model"]["dtype"] if config.model.dtype == "auto" else config.model.dtype
+    chosen = config.model.model_copy(update={"dtype": dtype})
+    model = LanguageModel(chosen, choose_device(config.device))
     if (record["model"]["hash"], record["model"]["hook_name"]) != (model.hash, model.hook_name):
         raise ArtifactError(
             f"The harvest in {artifact.folder} was made with another model or hook than {config.model.name} "

@@ -5,7 +5,6 @@ loaded through the same door as any other model.
 """
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dmsae_lib.data.contexts import ContextBuilder
+from dmsae_lib.data import contexts
+from dmsae_lib.data.contexts import ContextBuilder, Contexts
 
 BOS = "<bos>"
 LETTERS = [f" {chr(code)}" for code in range(ord("A"), ord("Z") + 1)]
@@ -167,9 +167,10 @@ def held_out(model: Any, rows: np.ndarray, bos: int, batch_rows: int = 64) -> di
 
 def bits_per_byte(nats_per_token: float, rows: np.ndarray, tokenizer: Any) -> float:
     """The same loss per byte of the held-out text, which compares across tokenizers."""
-    targets = [row[1:][row[1:] != tokenizer.bos_token_id] for row in rows]
-    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in tokenizer.batch_decode(targets))
-    return nats_per_token * sum(map(len, targets)) / n_bytes / math.log(2)
+    tokens = torch.from_numpy(rows)
+    lengths = torch.full((len(rows),), rows.shape[1], dtype=torch.int32)
+    held_out = Contexts(tokens, lengths, tokenizer.bos_token_id)
+    return contexts.bits_per_byte(nats_per_token, held_out, tokenizer)
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:

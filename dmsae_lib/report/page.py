@@ -92,11 +92,17 @@ def _by_k(summary: Row, arms: Iterable[str] = ARMS, metric: str = "") -> list[tu
 
 
 def results_page(
-    name: str, summary: Row, made: Row, base_model: Row | None = None, sweep: Row | None = None
+    name: str,
+    summary: Row,
+    made: Row,
+    base_model: Row | None = None,
+    sweep: Row | None = None,
+    beside: Row | None = None,
 ) -> str:
     """Markdown of all the numbers of one published run; ``made``: how its stages were made.
 
-    ``base_model`` is the record of the embedded model, ``sweep`` the run's learning_rate.json.
+    ``base_model`` is the record of the embedded model where the run is about that one, ``beside`` where it is
+    about another on the same text; ``sweep`` is the run's learning_rate.json.
     """
     k, scored = summary["sizes"]["k"], [row["saebench"] or {} for row in summary["retrain"]]
     gains = advantage(kinds(summary)[0].rows, "distilled", k, "loss_increase")
@@ -106,6 +112,7 @@ def results_page(
         made=made,
         base_model=base_model,
         sweep=sweep,
+        beside=beside,
         **summary,
         placebos=sorted({kind for row in summary["cycles"] for kind in row["placebos"]}),
         arm_names={arm: look[0] for arm, look in ARMS.items()},
@@ -123,13 +130,14 @@ def results_page(
 def published_page(folder: Path, name: str, root: Path) -> str:
     """The page of the results in ``folder``, which lie, or will, in results/<name>."""
     results, sweep = Results(folder), folder / "learning_rate.json"
-    record = root / "results" / "base_model" / "base_model.json"
-    embedded = (EMBEDDED / results.summary["inputs"]["model"]["name"] / "config.json").is_file()
-    base_model, rates = (
+    record, inputs = root / "results" / "base_model" / "base_model.json", results.summary["inputs"]
+    embedded = (EMBEDDED / inputs["model"]["name"] / "config.json").is_file()
+    same_text = not embedded and inputs["data"]["source"] == "embedded"
+    base_model, rates, beside = (
         json.loads(path.read_text(encoding="utf-8")) if there and path.is_file() else None
-        for path, there in ((record, embedded), (sweep, True))
+        for path, there in ((record, embedded), (sweep, True), (record, same_text))
     )
-    return results_page(name, results.summary, results.made, base_model, rates)
+    return results_page(name, results.summary, results.made, base_model, rates, beside)
 
 
 def verdict_table(summaries: list[Row]) -> str:

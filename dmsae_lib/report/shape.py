@@ -86,6 +86,11 @@ class BareModel(Record):
     scale: Annotated[float, Field(gt=0)]
     # shares of positions left out for the norm of their residual, as BOS is
     outliers: every(Literal["train", "test"], Share)
+    # None where the run is older than these
+    bits_per_byte: float | None = None  # clean_loss by bytes of the text, which compares across tokenizers
+    dtype: Literal["float32", "bfloat16"] | None = None  # in which the model computed
+    bfloat16_loss: float | None = None  # of one batch, minus the same in float32; None: computed in float32
+    weights: str | None = None  # what was done to them, such as 4 bits; None: as published
 
 
 class Placebo(Record):

@@ -155,6 +155,14 @@ def summarise(run: Run, identity: Iterable[Row] = ()) -> Row:
     return _summarise(Stages(run), identity)
 
 
+def _bare_model(harvest: Row, outliers: Row) -> Row:
+    """``harvest``: its record; those of older runs say less."""
+    bfloat16 = (harvest.get("precision") or {}).get("loss_difference")
+    more = {name: harvest["model"].get(name) for name in ("dtype", "weights")} | {"bfloat16_loss": bfloat16}
+    more |= {"outliers": outliers, "bits_per_byte": harvest.get("bits_per_byte")}
+    return shape.row(shape.BareModel, more, harvest)
+
+
 def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
     config, harvest = stages.config, stages.harvest().json("record.json")
     first = stages.cycle(0)[0].json("metrics.json")
@@ -187,7 +195,7 @@ def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
             "config": config.name,
             "inputs": inputs,
             "sizes": sizes | config.training.core_settings(),
-            "language_model": shape.row(shape.BareModel, {"outliers": outliers}, harvest),
+            "language_model": _bare_model(harvest, outliers),
             "cycles": cycle_rows(stages),
             "chains": chains,
             "final_core": final,

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cases, contestants, figure, inputs, measure, run
+from benchmarks import cases, contestants, figure, inputs, language_model, measure, run
 from benchmarks.cases import CORED, DENSE, DICTIONARY, MATRICES, OURS, SAELENS, SPARSE
+from dmsae_lib.config import load_config
+from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.store.artifacts import UserError, repository_root
 
 ROOT = repository_root()
@@ -282,3 +284,28 @@ def test_interleaved_run(tmp_path):
         # values, gradients and two moments of encoder and decoder
         weights = 4 * 4 * 2 * SHAPE.d_in * SHAPE.d_sae
         assert all(row["peak_bytes"] > weights for row in rows.values())
+
+
+def test_the_halves_of_a_language_model_are_timed_beside_plain_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_model, "lacks", lambda name: ("more", "") if "smollm2" in name else None)
+    said: list[str] = []
+    found = language_model.bench(tmp_path, rounds=2, report=said.append)
+    assert json.loads((tmp_path / "language_model.json").read_text()) == found
+    assert "smollm2-135m-instruct is left out" in said[-1]
+    for row in found["models"]:
+        assert row["model"] == "wheeltext-4x128" and row["from_the_hook"]
+        speed, tokens = row["tokens_per_second"], row["rows"] * row["context_size"]
+        assert speed["lower"] == pytest.approx(2 * tokens / sum(row["seconds"]["lower"]))
+        assert row["of_plain"]["upper"] == pytest.approx(speed["upper"] / speed["plain upper"])
+        assert row["met"] == {half: ratio >= 0.8 for half, ratio in row["of_plain"].items()}
+
+
+def test_plain_transformers_compute_the_same_halves(one_thread):
+    config = load_config("default").model
+    ours = LanguageModel(config)
+    plain = language_model.Plain(ours.folder, ours.layer, "float32")
+    tokens = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        resid = ours.lower(tokens)
+        assert torch.allclose(plain.lower(tokens), plain.model.model.norm(resid), atol=1e-4)
+        assert torch.allclose(plain.upper(resid), ours.logits(tokens), atol=1e-3)

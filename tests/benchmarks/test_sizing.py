@@ -58,11 +58,14 @@ def test_the_model_takes_the_flops_that_torch_counts(model):
         contexts = Contexts(tokens, torch.full((rows,), context), model.bos)
         return next_token_loss(model.upper(tokens, resid), contexts)[0]
 
-    whole = shape.forward(positions, layers, context, 4, logits=True).flops
+    whole, upper = (
+        shape.forward(positions, n, context, 4, logits=True).flops for n in (layers, layers - below)
+    )
     back = shape.backward(positions, layers - below, context, 4).flops
     with torch.enable_grad():
-        assert flops(forward) == whole
-        assert flops(lambda: forward().backward()) == whole + back
+        assert flops(forward) == upper
+        assert flops(lambda: forward().backward()) == upper + back
+        assert flops(lambda: model.logits(tokens)) == whole
 
 
 def test_the_model_has_the_parameters_of_the_module(model):

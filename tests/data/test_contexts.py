@@ -1,9 +1,12 @@
 """Contexts: which positions count, leading rows, batches, the hash of the text."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from dmsae_lib.data.contexts import Contexts, tokens_hash
+from dmsae_lib.data.contexts import Contexts, bits_per_byte, tokens_hash
 
 BOS = 0
 
@@ -49,3 +52,21 @@ def test_the_hash_of_the_text_is_that_of_its_tokens():
     one, same, other = ({"train": each} for each in (random_contexts(0), random_contexts(0), changed))
     assert tokens_hash(one) == tokens_hash(same) != tokens_hash(other)
     assert tokens_hash(one) != tokens_hash({"test": random_contexts(0)})
+
+
+def test_bits_per_byte_count_the_bytes_of_what_is_predicted():
+    """Neither BOS nor padding nor a row's first position; a character may have several bytes."""
+    texts = {BOS: "never", 1: "a", 2: "bc", 3: "\u00e9", 4: "\U0001f600", 5: " "}
+    contexts = random_contexts(1)
+    tokenizer = SimpleNamespace(
+        batch_decode=lambda rows: ["".join(texts[int(token)] for token in row) for row in rows]
+    )
+    targets = [
+        int(contexts.tokens[row, at])
+        for row in range(len(contexts))
+        for at in range(1, int(contexts.lengths[row]))
+        if int(contexts.tokens[row, at]) != BOS
+    ]
+    n_bytes = sum({1: 1, 2: 2, 3: 2, 4: 4, 5: 1}[token] for token in targets)
+    expected = 2.5 * len(targets) / math.log(2) / n_bytes
+    assert bits_per_byte(2.5, contexts, tokenizer) == pytest.approx(expected)

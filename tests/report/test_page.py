@@ -235,6 +235,29 @@ def test_every_loss_of_the_one_model_is_told_from_the_others(one_chain):
     assert "embedded model" not in results_page("x", one_chain, MADE)
 
 
+def test_another_model_is_set_beside_the_embedded_one_by_bytes_of_text(one_chain):
+    more = {
+        "bits_per_byte": 1.32,
+        "dtype": "bfloat16",
+        "bfloat16_loss": -0.0026,
+        "weights": "4-bit, dequantised",
+    }
+    summary = one_chain | {"language_model": one_chain["language_model"] | more}
+    base = {"bits_per_byte": {"model": 1.66, "trigram": 1.8, "unigram": 3.26}}
+    page = results_page("x", summary, MADE, beside=base).replace("\n", " ")
+    assert f"(its weights are 4-bit, dequantised) loses {factory.CLEAN:.2f} nats per token" in page
+    assert "1.32 bits per byte; on text of the same kind the embedded model takes 1.66" in page
+    assert (
+        "3-gram with back-off 1.80, a unigram 3.26. It computed in bfloat16" in page
+        and "-0.0026 nats" in page
+    )
+    plain = {name: None for name in more} | {"bits_per_byte": 1.32}
+    summary = one_chain | {"language_model": one_chain["language_model"] | plain}
+    page = results_page("x", summary, MADE)
+    assert "1.32 bits per byte." in page and "weights" not in page.partition("## Claims")[0]
+    assert "bfloat16" not in page
+
+
 def test_gates_that_are_not_met_say_so(one_chain):
     gates = [
         {"gate": "k / d_in", "value": 0.5, "bound": 0.25, "ok": False},

@@ -13,7 +13,7 @@ from dmsae_lib.config.sections import ARMS, CONTROLS, LONGER, Chain
 from dmsae_lib.report.layout import laid_out, readable
 from dmsae_lib.report.results import Results, validate
 from dmsae_lib.report.stages import Stages
-from dmsae_lib.report.summary import summarise, write_summary
+from dmsae_lib.report.summary import _bare_model, summarise, write_summary
 from dmsae_lib.saebench import Task
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import ArtifactError, UserError, load, write
@@ -322,3 +322,16 @@ def test_layout_is_json_and_rounding_keeps_six_digits():
     )
     assert json.loads(laid_out(value)) == value and value["a"] == 0.123457 and value["b"][0] == 1
     assert max(map(len, laid_out(value).splitlines())) <= 160
+
+
+def test_what_newer_harvests_say_of_the_model_is_told_and_older_ones_are_read(summary):
+    names = ("bits_per_byte", "dtype", "bfloat16_loss", "weights")
+    assert [summary["language_model"][name] for name in names] == [None] * 4
+    older = copy.deepcopy(summary)
+    for name in names:
+        del older["language_model"][name]
+    validate(older)
+    record = {"clean_loss": 3.6, "zero_loss": 11.0, "mean_loss": 9.0, "scale": 150.0, "bits_per_byte": 1.3}
+    record |= {"model": {"dtype": "bfloat16", "weights": "4-bit"}, "precision": {"loss_difference": -0.002}}
+    found = _bare_model(record, {"train": 0.0, "test": 0.0})
+    assert [found[name] for name in names] == [1.3, "bfloat16", -0.002, "4-bit"]
