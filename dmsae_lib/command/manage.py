@@ -191,6 +191,15 @@ def _makers(run: Run, folder: Path) -> list[Stage]:
     return own or [stage for stage in found if Path(stage.artefact).parts[0] == place.parts[0]]
 
 
+def _whole(folder: Path) -> None:
+    """ArtifactError where the artefact is damaged, or an index of what lies beside it lacks one of these."""
+    artifact = load(folder, None)
+    if artifact.kind == "retrain_index":
+        for name in artifact.parents:
+            if not (folder.parent / name / "manifest.json").is_file():
+                raise ArtifactError(f"{folder} is damaged ({folder.parent / name} is gone)")
+
+
 def mend(run: Run) -> None:
     """Check every artefact against its hashes and remove the damaged, so that `make stages` makes them again.
 
@@ -203,7 +212,7 @@ def mend(run: Run) -> None:
         found, removed = sorted(path.parent for path in run.folder.rglob("manifest.json")), 0
         for folder in found:
             try:
-                load(folder, None)
+                _whole(folder)
             except ArtifactError as error:
                 print(f"{error.what}: removed")
                 for stage in _makers(run, folder):

@@ -9,6 +9,7 @@ configuration and is rewritten only when the slice changes. :func:`states` says 
 """
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ from dmsae_lib.config.lock import lock
 from dmsae_lib.config.run import Run, open_run
 from dmsae_lib.config.yaml_file import split_overrides
 from dmsae_lib.store.artifacts import UserError, explain_os_errors, write_json
-from dmsae_lib.store.atomic import write_text
+from dmsae_lib.store.atomic import old, write_text
 
 HEAD = """\
 # The stages of {folder}, written by dmsae_lib.command.plan; `make -n stages` prints what is left to do.
@@ -56,6 +57,12 @@ def _prerequisites(run: Run, stage: Stage) -> dict[str, str]:
     return files | {f"{parent} is newer": _manifest(run, parent) for parent in stage.parents}
 
 
+def _there(path: Path) -> Path:
+    """``path``, or where it lies while a killed writer has only moved its folder aside: make puts it back."""
+    aside = old(path.parent) / path.name
+    return aside if aside.is_file() and not path.parent.exists() else path
+
+
 def _parameters_changed(run: Run, stage: Stage) -> bool:
     """Whether the parameters file of ``stage`` differs from its slice of today (or cannot be read)."""
     try:
@@ -70,7 +77,7 @@ def states(run: Run) -> dict[str, str]:
     again: set[str] = set()  # the artefacts that will be made before
 
     def state(stage: Stage) -> str:
-        target = run.root / _manifest(run, stage.artefact)
+        target = _there(run.root / _manifest(run, stage.artefact))
         if not target.is_file():
             return "optional" if stage.optional else "missing"
         if _parameters_changed(run, stage):
@@ -81,7 +88,7 @@ def states(run: Run) -> dict[str, str]:
             if parent in again:
                 return f"stale: {parent} is made again"
         for reason, name in _prerequisites(run, stage).items():
-            file = run.root / name
+            file = _there(run.root / name)
             if file.is_file() and file.stat().st_mtime_ns > target.stat().st_mtime_ns:
                 return f"stale: {reason}"
         return "present"
@@ -167,6 +174,10 @@ def main() -> None:
     lock(run)
     plan = write_plan(run)
     make, target = options.make
+    names = [stage.name for stage in stages(run.config)]
+    if target not in ("stages", *names):
+        close = difflib.get_close_matches(target, names, n=3, cutoff=0.4) or names[:3]
+        raise UserError(f"STAGE is {target}: {run.name} has no such stage, but {', '.join(close)}.")
     os.execvp(make, [make, "--no-print-directory", "-f", str(plan.relative_to(run.root)), target])
 
 

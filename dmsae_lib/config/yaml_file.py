@@ -13,7 +13,7 @@ from dmsae_lib.store.artifacts import UserError
 Model = TypeVar("Model", bound=BaseModel)
 KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list of text"}
 SAID = {  # where pydantic's own words do not tell what to write
-    "string_pattern_mismatch": "must be a name of letters, digits, '_' and '-'; the first is a letter or digit",
+    "string_pattern_mismatch": "must be letters, digits, '_' and '-', a letter or digit first",
     "too_short": "needs one entry at least",
 }
 # One override: what is in quotes stays together, and so does whatever stands before the next ` section.key=`.
@@ -99,7 +99,8 @@ def _known_keys(model: type[BaseModel], location: tuple) -> list[str]:
 
 
 def _one_sentence(model: type[BaseModel], error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
+    found = error.errors()  # an unknown key first: it is often the missing one, misspelt
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, first["loc"][:-1])

@@ -157,9 +157,11 @@ def _remedies(folder: Path, made_by: str) -> tuple[str, str]:
     """What makes the artefact in ``folder``, and what makes it again where it is damaged."""
     make = f"make {made_by or 'reproduce'}"
     for run in folder.resolve().parents:
-        if run.parent.name == "runs" and (run / "config.yaml").is_file():
+        if run.parent.name == "runs":
             plain = (run.parent.parent / "configs" / f"{run.name}.yaml").is_file()
-            which = f"CONFIG={run.name}" if plain else f"CONFIG=runs/{run.name}/config.yaml RUN={run.name}"
+            planned = (run / "config.yaml").is_file()
+            own = f"runs/{run.name}/config.yaml" if planned else "<its configuration>"
+            which = f"CONFIG={run.name}" if plain else f"CONFIG={own} RUN={run.name}"
             make = make if "CONFIG=" in make else f"{make} {which}"
             return f"run `{make}`", f"run `make mend {which}`, which makes it again"
     return f"run `{make}`", f"delete that folder and run `{make}`"

@@ -73,6 +73,11 @@ def _beside(path: Path, ending: str) -> Path:
     return path.with_name(f".{path.name}.{ending}")
 
 
+def old(folder: Path) -> Path:
+    """Where a folder lies between the two renames of its replacement."""
+    return _beside(folder, "old")
+
+
 def flush(*paths: Path) -> None:
     """Force files, and folders' lists of names, to the disk."""
     for path in paths:
@@ -131,9 +136,8 @@ def delete(path: Path) -> None:
 
 def recover(folder: Path) -> None:
     """After a kill between the two renames of a replacement the old folder is still whole: put it back."""
-    old = _beside(folder, "old")
-    if not folder.exists() and old.exists():
-        os.replace(old, folder)
+    if not folder.exists() and old(folder).exists():
+        os.replace(old(folder), folder)
 
 
 def _same(descriptor: int, path: Path) -> bool:
@@ -186,9 +190,9 @@ def _claimed(folder: Path) -> Iterator[Path]:
 def _back(folders: tuple[Path, ...]) -> None:
     """Put back what was moved aside."""
     for folder in folders:
-        if (old := _beside(folder, "old")).exists():
+        if old(folder).exists():
             delete(folder)
-            os.replace(old, folder)
+            os.replace(old(folder), folder)
 
 
 @contextlib.contextmanager
@@ -204,7 +208,7 @@ def replacing(*folders: Path) -> Iterator[list[Path]]:
             _back(folders)
         for folder, place in zip(folders, new):
             recover(folder)
-            delete(_beside(folder, "old"))
+            delete(old(folder))
             for left in place.iterdir():
                 delete(left)
         yield new
@@ -214,7 +218,7 @@ def replacing(*folders: Path) -> Iterator[list[Path]]:
         try:
             for folder, place in zip(folders, new):
                 if folder.exists() or folder.is_symlink():
-                    os.replace(folder, _beside(folder, "old"))
+                    os.replace(folder, old(folder))
                 os.replace(place, folder)
         except BaseException:
             for folder in first:
@@ -223,7 +227,7 @@ def replacing(*folders: Path) -> Iterator[list[Path]]:
             raise
         flush(*{folder.parent for folder in folders})
         for folder in folders:
-            delete(_beside(folder, "old"))
+            delete(old(folder))
 
 
 def sweep(folder: Path) -> None:

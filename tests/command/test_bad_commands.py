@@ -55,6 +55,12 @@ def test_command(case, tmp_path):
     assert left == [] and not output.exists()
 
 
+def test_a_stage_that_there_is_not(tmp_path):
+    clone = make_clone(tmp_path / "clone")
+    ended = make(clone, "stages", "STAGE=cycle_0")
+    assert ended.returncode != 0 and "STAGE is cycle_0" in ended.stderr and "cycle_0_train" in ended.stderr
+
+
 def fill(folder: Path) -> None:
     with open(folder / "fill", "wb", buffering=0) as handle, contextlib.suppress(OSError):
         while handle.write(b"x" * 4096):

@@ -263,7 +263,7 @@ def test_mend_removes_what_is_damaged_and_its_stages_are_made_again(run, capsys)
     manage.mend(run)
     said = capsys.readouterr().out
     assert "cycle_3/core is damaged (core.json does not match its hash): removed" in said
-    assert "2 of them damaged" in said
+    assert "3 of them damaged" in said  # with the index that names the SAE removed before
     assert not any(
         (run.folder / name).exists() for name in ("cycle_3/core", "cycle_1/.sae.checkpoint", ".half.json.tmp")
     )
@@ -274,6 +274,13 @@ def test_mend_removes_what_is_damaged_and_its_stages_are_made_again(run, capsys)
     )
     manage.mend(run)
     assert "0 of them damaged" in capsys.readouterr().out
+
+
+def test_mend_sees_that_one_of_many_is_wholly_gone(run, capsys):
+    shutil.rmtree(run.folder / "retrain" / "k32" / "none-seed1")
+    manage.mend(run)
+    assert "k32/none-seed1 is gone): removed" in capsys.readouterr().out
+    assert states(run)["retrain"] == "missing"
 
 
 def test_clean_of_a_link_leaves_what_it_points_to(run, tmp_path, capsys):

@@ -144,9 +144,15 @@ def touch(run: Path, name: str) -> None:
     (run / name).touch()
 
 
+def move_aside(run: Path, name: str) -> None:
+    """What a writer leaves that is killed between its two renames."""
+    (run / name).rename((run / name).with_name(f".{Path(name).name}.old"))
+
+
 # What is done to a complete run (or which setting is changed) -> the stages made again, the first one's state
 DISTURBED = {
     "nothing": (None, [], ""),
+    "an artefact moved aside by a kill": (partial(move_aside, name="retrain/index"), [], ""),
     "an artefact lost": (partial(lose, name="retrain/index/manifest.json"), END, "missing"),
     "a parameter changed": ("distill.final_core=all_of_last", END, "stale: parameters changed"),
     "a parameters file lost": (partial(lose, name="params/retrain.json"), END, "stale: parameters changed"),

@@ -384,3 +384,11 @@ def test_an_open_list_takes_a_name_that_is_added_to_it(monkeypatch):
         sections.AGGREGATORS.remove("toy_mean")
         sections.EVALS.remove("toy_eval")
     assert config.distill.aggregator == "toy_mean" and "toy_rows" in CONTROLS and "toy_free" not in CONTROLS
+
+
+def test_a_misspelt_key_that_is_needed_is_named_as_it_stands(tmp_path):
+    tree = yaml.safe_load((ROOT / "configs" / "smoke.yaml").read_text())
+    tree["training"]["batchsize"] = tree["training"].pop("batch_size")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=r"unknown key training\.batchsize; did you mean batch_size\?"):
+        load_config(tmp_path / "mine.yaml")

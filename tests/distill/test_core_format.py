@@ -301,3 +301,4 @@ def test_the_readmes_lines_work_as_they_stand(monkeypatch):
     # the scale is that of these activations
     assert math.isclose(float(names["x"].square().sum(1).mean()), 1.0, rel_tol=0.2)
     assert history[-1]["fvu"] < 0.5 * history[0]["fvu"] and history[-1]["L0_core"] > 1
+    assert math.isclose(float((mine.encode(names["x"]) > 0).sum(1).float().mean()), 16, rel_tol=0.2)

@@ -501,3 +501,19 @@ def test_the_root_is_found_from_any_folder_inside(monkeypatch):
     for inside in (ROOT, ROOT / "notebooks", ROOT / "dmsae_lib" / "embedded"):
         monkeypatch.chdir(inside)
         assert repository_root() == ROOT
+
+
+def test_made_is_the_artefact_of_these_parents_none_of_others_and_an_error_where_it_is_damaged(tmp_path):
+    folder, parents = tmp_path / "a", {"sae": "1" * 64}
+    assert artifacts.made(folder, "thing", parents) is None
+    with artifacts.write(folder, "thing", parents) as writer:
+        writer.json("a.json", 1)
+    found = artifacts.made(folder, "thing", parents)
+    assert found and found.hash == artifacts.load(folder, "thing").hash
+    for others in ({"sae": "2" * 64}, {}, parents | {"core": "3" * 64}):
+        assert artifacts.made(folder, "thing", others) is None
+    os.replace(folder, atomic.old(folder))  # a writer was killed between its two renames
+    assert artifacts.made(folder, "thing", parents)
+    (folder / "a.json").write_text("2")
+    with pytest.raises(artifacts.ArtifactError, match="a.json does not match its hash"):
+        artifacts.made(folder, "thing", parents)
