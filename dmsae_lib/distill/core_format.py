@@ -24,7 +24,7 @@ from dmsae_lib.data.model_folder import model_hash, resolve
 from dmsae_lib.distill.core import Core, Latent
 from dmsae_lib.distill.core_record import FORMAT, SCHEMA_VERSION, CoreRecord
 from dmsae_lib.store.artifacts import UserError, sha256_file, unseal
-from dmsae_lib.store.atomic import json_text, write_bytes
+from dmsae_lib.store.atomic import explain_errors, json_text, write_bytes
 
 FILES = ("core.safetensors", "core.json")  # in the order of writing: the second vouches for the first
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -115,13 +115,10 @@ def load_core(
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
+    what = f"There is no folder {name} and the Hub did not give it"
+    remedy = "check the name, the network, and for a private core that you are logged in (HF_TOKEN)"
+    with explain_errors(what, remedy):
         return Path(snapshot_download(name, allow_patterns=[*FILES]))
-    except Exception as error:  # the Hub client raises a dozen kinds, from DNS to gated repositories
-        raise UserError(
-            f"There is no folder {name} and the Hub did not give it ({type(error).__name__}); check the "
-            "name, the network, and for a private core that you are logged in (HF_TOKEN)."
-        ) from error
 
 
 def check_record(record: dict[str, Any], folder: Path) -> None:

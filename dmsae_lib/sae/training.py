@@ -141,10 +141,8 @@ class Trainer:
         checkpoint = artifacts.made(folder, "checkpoint", parents)
         if checkpoint is None or (state := checkpoint.json("state.json"))["steps"] != self.steps:
             return False
-        if any(
-            "L0_free" not in row for row in state["history"]
-        ):  # of an earlier release: no table holds both
-            return False
+        if any("L0_free" not in row for row in state["history"]):
+            return False  # of an earlier release, whose rows have other names: no table holds both
         tensors = checkpoint.tensors("state.safetensors")
         self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
         adam = self.optimizer.state_dict()
