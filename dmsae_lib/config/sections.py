@@ -61,6 +61,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 CoreSparsity = Literal["relu", "batchtopk"]
 CoreBias = Literal["zero", "match_frequency"]
 CoreDecoder = Literal["random", "encoder"]
+Reading = Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"]  # of the final core
 
 
 class Section(BaseModel):
@@ -162,7 +163,7 @@ class DistillConfig(Section):
     coverage: Fraction = 0.9
     aggregator: Aggregator = "mean_abs"
     quantile: Fraction = 0.99
-    final_core: Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"] = "last_two"
+    final_core: Reading = "last_two"
     chains: list[Chain] = []
     # chains of as many frozen rows of this kind beside the core's: the null of C2
     placebos: EachOnce[Placebo] = []

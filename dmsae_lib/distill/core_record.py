@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from dmsae_lib.config.sections import CoreSparsity, Reading
 from dmsae_lib.distill.core import STRICT, Count, Latent
 
 FORMAT, SCHEMA_VERSION = "dmsae-core", 1
@@ -40,12 +41,12 @@ class Distilled(Entry):
 
     cycle: Count
     chain: Text
-    reading: Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"]
+    reading: Reading
     d_sae: Positive
     k: Positive
     prefixes: Annotated[list[Positive], Field(min_length=1)]
     tokens_per_cycle: Positive
-    core_sparsity: Literal["relu", "batchtopk"]
+    core_sparsity: CoreSparsity
     core_bias_init: Text
     core_decoder_init: Text
 

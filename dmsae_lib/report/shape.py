@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from dmsae_lib.config.sections import Aggregator, Arm, CoreBias, CoreDecoder, CoreSparsity
+from dmsae_lib.config.sections import Aggregator, Arm, CoreBias, CoreDecoder, CoreSparsity, Reading
 
 SCHEMA_VERSION: Final = 6
 Count = Annotated[int, Field(ge=0)]
@@ -31,7 +31,6 @@ ActiveLatents = every(Literal["core", "free", "total"], Amount)
 ByPrefix = every(Literal["prefix0", "full"], float)
 # of frozen encoder rows: participation rank of their Gram matrix, and norms; None without a core
 CoreRows = every(Literal["rank", "norm", "norm_min", "norm_max"], Amount) | None
-Reading = Literal["all_of_last", "last_two", "every_since_first", "alive_since_0"]
 
 
 Places = Annotated[str, Field(pattern="^([0-9]+|full)$")]
