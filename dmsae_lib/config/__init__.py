@@ -56,6 +56,9 @@ class RunConfig(Section):
         if data.store == "stream" and data.buffer_rows * model.context_size < 2 * training.batch_size:
             has = f"data.buffer_rows is {data.buffer_rows}, with model.context_size = {model.context_size}"
             raise ValueError(f"{has}: it must hold two batches, {batch}")
+        if self.retrain.more_seeds and training.k not in self.retrain.ks:
+            known = f"retrain.ks = {self.retrain.ks}"
+            raise ValueError(f"training.k is {training.k}, where retrain.more_seeds are: add it to {known}")
         if extra := [k for k in self.control_ks if k not in self.retrain.ks]:
             setting = "training.k" if self.retrain.controls_at is None else "retrain.controls_at"
             known = f"retrain.ks = {self.retrain.ks}"
@@ -133,9 +136,13 @@ class RunConfig(Section):
     def retrain_arms(self, k: int, chain: str = "main") -> list[tuple[str, int]]:
         """(arm, seed) of every SAE trained at ``k`` with the cores of a chain."""
         own, seeds = self.retrain, self.retrain.seeds
-        arms = own.arms if chain == "main" else self._chain(chain).retrain
+        if chain == "main":
+            arms = own.arms
+        else:
+            arms, seeds = self._chain(chain).retrain, self._chain(chain).seeds or seeds
         draws = own.controls if chain == "main" and k in self.control_ks else {}
-        return [(arm, seed) for arm in arms for seed in seeds] + [
+        more = own.more_seeds if chain == "main" and k == self.training.k else []
+        return [(arm, seed) for arm in arms for seed in [*seeds, *more]] + [
             (arm, seed) for arm, n in draws.items() for seed in seeds[:n]
         ]
 

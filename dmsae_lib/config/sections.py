@@ -138,7 +138,8 @@ class TrainingConfig(CoreSettings):
     k_aux: Positive | None = None  # None: d_in / 2
     dead_window: Positive | None = None  # tokens; None: max(2 % of the tokens, 40 batches)
     k_min: int = Field(1, ge=0)
-    autocast: bool = False  # bfloat16 matrix products over float32 weights
+    # bfloat16 matrix products over float32 weights; auto: where the language model computes in bfloat16
+    autocast: bool | Literal["auto"] = False
     checkpoint_seconds: float = Field(60.0, gt=0)
     together: Positive = 64  # SAEs trained on one pass over the data at most: bounds the memory
     prefetch: int = Field(0, ge=0)  # batches made ahead; worth it where a GPU trains
@@ -154,8 +155,8 @@ class Chain(Section):
     core_sparsity: CoreSparsity | None = None  # None: as in training, like the two that follow
     core_bias_init: CoreBias | None = None
     core_decoder_init: CoreDecoder | None = None
-    # trained with this chain's own core at every k of retrain.ks with every seed of retrain.seeds
-    retrain: EachOnce[Arm] = []
+    retrain: EachOnce[Arm] = []  # trained with this chain's own core at every k of retrain.ks
+    seeds: OneAtLeast[int] | None = None  # of these; None: retrain.seeds
 
 
 class DistillConfig(Section):
@@ -185,6 +186,8 @@ class RetrainConfig(Section):
     ks: OneAtLeast[Positive]
     seeds: OneAtLeast[int] = [0, 1, 2]
     arms: OneAtLeast[Arm] = ["none", "distilled"]  # trained at every k with every seed
+    # of the main chain's arms at training.k alone, for differences that few seeds cannot show
+    more_seeds: EachOnce[int] = []
     controls: dict[Arm, Positive] = {}  # number of seeds (draws) of each control arm
     controls_at: EachOnce[Positive] | None = None  # None: at training.k only
     # trained elsewhere, to compare with: a folder, or release:sae_id of SAELens
@@ -200,6 +203,13 @@ class RetrainConfig(Section):
             if seeds and n > len(seeds):
                 raise ValueError(f"asks for {n} seeds of {arm}: retrain.seeds = {seeds} has fewer")
         return controls
+
+    @field_validator("more_seeds")
+    @classmethod
+    def _beside_the_seeds(cls, more: list[int], info: ValidationInfo) -> list[int]:
+        if again := [seed for seed in more if seed in info.data.get("seeds", [])]:
+            raise ValueError(f"names {again[0]}: retrain.seeds has it already, at every k")
+        return more
 
     @field_validator("imported")
     @classmethod

@@ -111,6 +111,8 @@ def _fit_together(jobs: Sequence[Job], harvest: Harvest, report: Callable[[str],
 def _trainer(job: Job, harvest: Harvest, first: list[Tensor]) -> Trainer:
     """``first``: the leading batches of what it will be trained on."""
     cfg, training, d_in = harvest.run.config, job.training, harvest.model.d_model
+    if training.autocast == "auto":  # on whatever machine the run goes on
+        training = training.model_copy(update={"autocast": harvest.model.config.dtype == "bfloat16"})
     warm = 0 if job.warm_rows is None else len(job.warm_rows)
     prefixes = [warm + m for m in cfg.sae.prefixes]  # rows that start warm are in each of them, as a core is
     sae = MatryoshkaSAE(d_in, cfg.sae.d_sae, prefixes, job.core_rows, training.core_sparsity)
