@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from dmsae_lib.figures import style
 from dmsae_lib.figures.house_style import MUTED, SMALL
 from dmsae_lib.figures.retrain import imported
-from dmsae_lib.figures.style import DOUBLE, SINGLE
+from dmsae_lib.figures.style import DOUBLE
 from dmsae_lib.report import series
 from dmsae_lib.report.equal_l0 import score
 from dmsae_lib.report.results import Results, Row
@@ -105,12 +105,12 @@ def differences(results: Results) -> Figure:
 
 
 def reference(results: Results) -> list[Row]:
-    """{architecture, trainer, l0, loss_recovered} of the released SAEs, by L0; [] where the file is not
-    beside the results."""
+    """{architecture, trainer, l0, loss_recovered} of the released SAEs, by L0; [] where the results are of
+    another model, or the file is not beside them."""
     import pandas as pd
 
     path = results.folder.parent / REFERENCE
-    if not path.is_file():
+    if results.summary["inputs"]["model"]["name"] != PAPER_MODEL or not path.is_file():
         return []
     table = pd.read_csv(path, dtype={"trainer": str})
     table["metric"] = table["metric"].str.removeprefix("core.")
@@ -119,14 +119,12 @@ def reference(results: Results) -> list[Row]:
 
 
 def paper_scale(results: Results) -> Figure:
-    """Loss that is not recovered against L0: the released Gemma-2-2B SAEs, and in front of them a run on that
-    model."""
+    """Loss that is not recovered against L0: a run on Gemma-2-2B in front of its released SAEs."""
     released = reference(results)
-    ours = results.summary["inputs"]["model"]["name"] == PAPER_MODEL
-    drawn = series.lines(results.summary, wanted=lambda row: row["saebench"]) if ours else []
-    figure = style.new_figure(DOUBLE if ours else SINGLE * 1.3, 3.4)
+    drawn = series.lines(results.summary, wanted=lambda row: row["saebench"])
+    figure = style.new_figure(DOUBLE, 3.4)
     axes = figure.subplots()
-    behind = {"color": "#8c8c8c" if ours else MUTED, "markersize": 3.5, "linewidth": 0.9, "zorder": 1}
+    behind = {"color": "#8c8c8c", "markersize": 3.5, "linewidth": 0.9, "zorder": 1}
     for name, (label, marker, line) in RELEASED.items():
         saes = [(row["l0"], 1 - row["loss_recovered"]) for row in released if row["architecture"] == name]
         axes.plot(*zip(*saes), marker=marker, linestyle=line, label=f"released {label}", **behind)
@@ -135,9 +133,8 @@ def paper_scale(results: Results) -> Figure:
     axes.set(xscale="log", yscale="log")
     axes.set(xlabel="measured L0 (active latents per token)", ylabel="1 - CE loss score")
     style.legend(figure, [axes], ncols=3)
-    who = "released SAEs of width 65,536, measured by a third party (results/reference)"
-    caption = f"Gemma-2-2B, block 12: {who}"
-    if ours:
-        return style.finish(figure, results, f"{caption}, behind ours.", style.bars_note(drawn))
-    caption += "; no run of ours at that scale is in these results."
-    return style.finish(figure, results, caption, source="results/reference")
+    caption = (
+        "Gemma-2-2B, block 12: released SAEs of width 65,536, measured by a third party "
+        "(results/reference), behind ours."
+    )
+    return style.finish(figure, results, caption, style.bars_note(drawn))

@@ -56,11 +56,10 @@ def new_figure(width: float, height: float) -> Figure:
     return Picture(figsize=(width, height), layout="constrained")
 
 
-def finish(figure: Figure, results: Results, caption: str, varied: str = "", source: str = "") -> Figure:
-    """Add the footnote (what error bars show, and from where: the summary, or ``source``) and keep the
-    caption as the figure's label."""
-    # no line break before the hash
-    source = source or f"{results.summary['config']} · summary\xa0{results.hash[:12]}"
+def finish(figure: Figure, results: Results, caption: str, varied: str = "") -> Figure:
+    """Add the footnote (what error bars show, and the summary it is from) and keep the caption as the
+    figure's label."""
+    source = f"{results.summary['config']} · summary\xa0{results.hash[:12]}"  # no line break before the hash
     note = f"{varied}\xa0· {source}" if varied else source
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(note, int(width / 0.056))

@@ -59,6 +59,15 @@ CONFIG = {
     ),
     "more draws than seeds": (["retrain.controls={random: 2}"], ["2 seeds of random", "retrain.seeds = [0]"]),
     "an arm twice": (["retrain.controls={none: 1}"], ["retrain.controls names none", "retrain.arms"]),
+    "a further seed twice": (["retrain.more_seeds=[0]"], ["retrain.more_seeds names 0", "retrain.seeds"]),
+    "further seeds at a k that is not trained": (
+        ["retrain.more_seeds=[7]", "retrain.ks=[16]", "retrain.controls={}"],
+        ["training.k is 32", "retrain.more_seeds", "retrain.ks = [16]"],
+    ),
+    "a chain without seeds": (
+        ["distill.chains=[{name: b, seed: 1, seeds: []}]"],
+        ["distill.chains.0.seeds is []", "one entry at least"],
+    ),
     "no seeds": (["retrain.seeds=[]"], ["retrain.seeds is []", "one entry at least"]),
     "too little text for fresh tokens": (
         ["data.fresh_factor=2"],
@@ -93,6 +102,7 @@ def test_configuration(case):
 SETS = {
     "retrain.ks": "[32, 16, 32]",
     "retrain.seeds": "[0, 1, 0]",
+    "retrain.more_seeds": "[5, 6, 5]",
     "retrain.arms": "[none, distilled, none]",
     "retrain.controls_at": "[32, 32]",
     "distill.placebos": "[pca, pca]",
@@ -119,8 +129,11 @@ def test_an_entry_that_is_there_twice(setting):
 def test_every_list_of_settings_is_a_set_or_in_order():
     """A list that is added later is one of the sets above, or is named here with what else refuses repeated
     entries."""
-    with pytest.raises(UserError, match="distill.chains.0.retrain names none twice"):
-        load_config("smoke", ["distill.chains=[{name: a, seed: 1, retrain: [none, none]}]"])
+    of_chains = {"distill.chains.retrain": "[none, none]", "distill.chains.seeds": "[2, 2]"}
+    for setting, value in of_chains.items():
+        name = setting.rpartition(".")[2]
+        with pytest.raises(UserError, match=f"distill.chains.0.{name} names (none|2) twice"):
+            load_config("smoke", [f"distill.chains=[{{name: a, seed: 1, {name}: {value}}}]"])
     in_order = {"sae.prefixes", "distill.from_prefixes", "distill.chains"}
     definitions = RunConfig.model_json_schema()["$defs"]
 
@@ -134,7 +147,7 @@ def test_every_list_of_settings_is_a_set_or_in_order():
                 found |= lists(held, f"{place}{name}.") if "properties" in held else set()
         return found
 
-    assert lists(RunConfig.model_json_schema()) == set(SETS) | in_order | {"distill.chains.retrain"}
+    assert lists(RunConfig.model_json_schema()) == set(SETS) | in_order | set(of_chains)
 
 
 FILES = {

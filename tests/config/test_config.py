@@ -204,6 +204,19 @@ def test_arms_at_each_k():
     assert load_config("smoke", ["retrain.controls={}"]).control_ks == []
 
 
+def test_seeds_that_only_the_distillation_k_has_and_those_of_a_chain():
+    b, c = "{name: b, seed: 3, retrain: [distilled]}", "{name: c, seed: 4, seeds: [9], retrain: [none]}"
+    chains = f"distill.chains=[{b}, {c}]"
+    config = load_config(
+        "smoke", ["retrain.ks=[32, 48]", "retrain.seeds=[4]", "retrain.more_seeds=[5, 6]", chains]
+    )
+    found = {k: [s for arm, s in config.retrain_arms(k) if arm == "distilled"] for k in (32, 48)}
+    assert found == {32: [4, 5, 6], 48: [4]}
+    for k in (32, 48):  # more seeds are the main chain's; another chain has its own, or those of all
+        assert config.retrain_arms(k, "b") == [("distilled", 4)]
+        assert config.retrain_arms(k, "c") == [("none", 9)]
+
+
 def test_steps_cover_the_tokens_of_a_cycle():
     config = load_config("smoke")
     assert config.steps() == 12000 // 256 and config.steps(3) == 3 * 12000 // 256

@@ -94,6 +94,16 @@ def test_rows_that_start_warm_are_in_every_prefix_as_a_core_is(tmp_path):
     assert torch.equal(warm.free_rows[:5], rows)
 
 
+@pytest.mark.parametrize("dtype, bf16", [("bfloat16", True), ("float32", False)])
+def test_auto_trains_in_the_precision_that_the_harvest_was_made_in(tmp_path, dtype, bf16):
+    """Whatever the processor could do that goes on with it; a plain yes or no stands as it is."""
+    harvest = make_harvest(tmp_path)
+    harvest.model.config = SimpleNamespace(dtype=dtype)
+    for autocast, expected in (("auto", bf16), (True, True), (False, False)):
+        job = trained_by(make_job(harvest), autocast=autocast)
+        assert fit._trainer(job, harvest, [torch.ones(4, 16)]).config.autocast is expected
+
+
 def test_an_sae_of_an_earlier_release_is_trained_again(tmp_path, monkeypatch):
     """It was made from the same parents, but its metrics have other names."""
     harvest = make_harvest(tmp_path)
