@@ -117,7 +117,7 @@ def publish(run: Run, name: str = "") -> None:
     nothing."""
     from dmsae_lib.distill.core_export import export_core
     from dmsae_lib.figures import draw_all
-    from dmsae_lib.report.page import published_page, update_readme
+    from dmsae_lib.report.page import IN_README, published_page, update_readme
 
     if not name and run.name != run.config.name:
         raise UserError(
@@ -139,7 +139,7 @@ def publish(run: Run, name: str = "") -> None:
         page = published_page(results, name, run.root)
         (results / "README.md").write_text(page, encoding="utf-8")
         draw_all(results, figures)
-    if name in ("default", "extended"):
+    if any(name in names for names in IN_README.values()):
         update_readme(run.root)
     size = sum(path.stat().st_size for target in targets for path in target.rglob("*") if path.is_file())
     print(f"published runs/{run.name} as results/{name} and figures/{name} ({size / 2**20:.1f} MiB)")
@@ -170,14 +170,14 @@ def figures(run: Run, name: str = "") -> None:
     """Draw figures/<name> and write the page of results/<name> again from the results; nothing is
     computed."""
     from dmsae_lib.figures import draw_all
-    from dmsae_lib.report.page import published_page, update_readme
+    from dmsae_lib.report.page import IN_README, published_page, update_readme
 
     name = _checked(name or run.name)
     results, target = run.root / "results" / name, run.root / "figures" / name
     with explain_os_errors(target), replacing(target) as (new,):
         drawn = draw_all(results, new)
         write_text(results / "README.md", published_page(results, name, run.root))
-    if name in ("default", "extended"):
+    if any(name in names for names in IN_README.values()):
         update_readme(run.root)
     print(f"drew {len(drawn)} figures in figures/{name}")
 

@@ -23,6 +23,7 @@ from dmsae_lib.store.atomic import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 BEGIN, END = "<!-- verdicts: written by make publish -->", "<!-- end -->"
+IN_README = {"SmolLM2-135M": ["smollm2-135m"], "embedded model": ["extended", "default"]}  # published runs
 Row = dict[str, Any]
 
 
@@ -140,21 +141,26 @@ def published_page(folder: Path, name: str, root: Path) -> str:
     return results_page(name, results.summary, results.made, base_model, rates, beside)
 
 
-def verdict_table(summaries: list[Row]) -> str:
-    """Each claim as the run says that has most units to judge it by, the first of equals."""
-    judged = [{name: (one["config"], claim) for name, claim in one["claims"].items()} for one in summaries]
-    names = dict.fromkeys(name for claims in judged for name in claims)
-    best = {n: max((c[n] for c in judged if n in c), key=lambda found: found[1]["n"]) for n in names}
-    measures = {name: claim.measure for name, claim in CLAIMS.items()}
-    return rendered("verdicts.md.j2", best=best, measures=measures, units={CHAIN: "chain", SEED: "seed"})
+def verdict_table(models: dict[str, list[Row]]) -> str:
+    """Each claim about each model, from the summary that has most units to judge it by, the first of
+    equals."""
+    best = {
+        model: {name: max(summaries, key=lambda found: found["claims"][name]["n"]) for name in CLAIMS}
+        for model, summaries in models.items()
+    }
+    units = {CHAIN: "chain", SEED: "seed"}
+    return rendered("verdicts.md.j2", best=best, claims=CLAIMS, units=units)
 
 
 def update_readme(root: Path) -> None:
-    """Put the verdicts of the extended and the default run between the README's markers, if any."""
-    path, places = root / "README.md", [root / "results" / name for name in ("extended", "default")]
-    summaries = [Results(place).summary for place in places if (place / "summary.json").is_file()]
+    """Put the verdicts of the published runs that the README is about between its markers, if any."""
+    path, models = root / "README.md", {}
+    for model, names in IN_README.items():
+        places = [root / "results" / name for name in names]
+        if found := [Results(place).summary for place in places if (place / "summary.json").is_file()]:
+            models[model] = found
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if summaries and BEGIN in text:
-        table = f"{BEGIN}\n\n{verdict_table(summaries)}\n{END}"
+    if models and BEGIN in text:
+        table = f"{BEGIN}\n\n{verdict_table(models)}\n{END}"
         between = re.escape(BEGIN) + ".*?" + re.escape(END)
         write_text(path, re.sub(between, lambda _: table, text, count=1, flags=re.DOTALL))

@@ -1,5 +1,6 @@
 """The pages' numbers are those of results/, whatever the run; and the published pages are today's."""
 
+import itertools
 import re
 import shutil
 from itertools import combinations
@@ -11,7 +12,15 @@ from builders import factory
 
 from dmsae_lib.config.sections import CONTROLS, UNFROZEN, Chain
 from dmsae_lib.report.equal_l0 import advantage
-from dmsae_lib.report.page import BEGIN, END, published_page, results_page, update_readme, verdict_table
+from dmsae_lib.report.page import (
+    BEGIN,
+    END,
+    IN_README,
+    published_page,
+    results_page,
+    update_readme,
+    verdict_table,
+)
 from dmsae_lib.report.regime import core_by_rate
 from dmsae_lib.report.summary import summarise
 from dmsae_lib.report.verdicts import t_interval
@@ -28,7 +37,7 @@ def test_the_page_is_what_the_published_results_give(folder):
 
 
 def test_the_verdicts_of_the_readme_are_the_published_ones(tmp_path):
-    for name in ("default", "extended"):
+    for name in itertools.chain(*IN_README.values()):
         if (ROOT / "results" / name).is_dir():
             shutil.copytree(ROOT / "results" / name, tmp_path / "results" / name)
     shutil.copy(ROOT / "README.md", tmp_path)
@@ -149,18 +158,22 @@ def test_one_chain_is_shown_over_its_training_seeds(one_chain):
 def test_verdicts_of_the_page_and_of_the_readme(one_chain, several):
     for summary, unit in ((one_chain, "1 chain"), (several, "3 chains")):
         head, *rows = table(results_page("x", summary, MADE), "claim")
-        short, *lines = table(verdict_table([summary]) + "\n", "claim")
+        short, *lines = table(verdict_table({"toy": [summary]}) + "\n", "claim")
         for row, line, (name, claim) in zip(rows, lines, summary["claims"].items(), strict=True):
-            assert row[1] == line[1] == f"**{claim['verdict']}**"
+            assert row[1] == f"**{claim['verdict']}**" and line[2].startswith(f"{row[1]}: ")
             assert row[0] == f"{name}: {claim['claim']}" and line[0] == f"{name}. {claim['claim']}"
             value, interval = claim["value"], claim["interval"] or []
             numbers = [f"{number:+.3f}" for number in ([] if value is None else [value, *interval])]
-            assert re.findall(r"[+-]\d+\.\d+", line[2].rpartition(": ")[2]) == numbers
-        assert short == ["claim", "verdict", "in numbers", "n", "run"] and lines[0][3] == unit
-    assert lines[2][3] == "1 seed"  # C3: one chain alone was scored
-    _, *lines = table(verdict_table([several | {"config": "wide"}, one_chain]) + "\n", "claim")
-    runs = [re.search(r"\[(\w+)\]", line[4])[1] for line in lines]  # each claim from where n is largest
-    assert runs == ["wide", "wide", one_chain["config"], *["wide"] * 4] and lines[2][3] == "3 seeds"
+            assert re.findall(r"[+-]\d+\.\d+", line[2]) == numbers
+        assert short == ["claim", "measure", "toy"] and unit in lines[0][2].split(", ")[-1]
+    assert "1 seed of" in lines[2][2]  # C3: one chain alone was scored
+    models = {"real": [one_chain], "toy": [several | {"config": "wide"}, one_chain]}
+    _, *lines = table(verdict_table(models) + "\n", "claim")
+    # each claim, for each model, from where n is largest
+    runs = [[re.search(r"\[([\w-]+)\]\(", cell)[1] for cell in line[2:]] for line in lines]
+    assert [run for run, _ in runs] == [one_chain["config"]] * 7
+    assert [run for _, run in runs] == ["wide", "wide", one_chain["config"], *["wide"] * 4]
+    assert "3 seeds of" in lines[2][2]
 
 
 def test_the_readme_gets_the_verdicts_between_its_markers_and_nothing_else(tmp_path):
