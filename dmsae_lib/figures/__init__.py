@@ -15,7 +15,7 @@ FIGURES: dict[str, Plot] = {
     "1_schematic": Plot(schematic.schematic),
     "2_core_by_origin": Plot(distill.origins),
     "3_distilled_vs_random": Plot(retrain.controls),
-    "4_saebench_vs_l0": Plot(saebench.scores),
+    "4_saebench_vs_l0": Plot(saebench.scores, where=saebench.scored),
     "5_core_size_heatmap": Plot(retrain.heatmap),
     "6_core_share_of_k": Plot(distill.core_share),
     "7_training_curves": Plot(distill.training),

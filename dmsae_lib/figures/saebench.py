@@ -36,6 +36,10 @@ RELEASED = {
 }
 
 
+def scored(results: Results) -> bool:
+    return any(row["saebench"] for row in results.summary["retrain"])
+
+
 def scores(results: Results) -> Figure:
     """SAEBench metrics against measured L0, DMSAE and baseline."""
     drawn = series.lines(results.summary, ["none", "distilled"], lambda row: row["saebench"])

@@ -112,7 +112,9 @@ def written(figure):
     return [text for text in texts if text.get_text().strip()]
 
 
-UNPUBLISHED = {"smoke": {"9_base_model", "10_sizing", "11_paper_scale", "14_core_identity"}}
+UNPUBLISHED = {
+    "smoke": {"4_saebench_vs_l0", "9_base_model", "10_sizing", "11_paper_scale", "14_core_identity"}
+}
 UNPUBLISHED |= {"full": {"11_paper_scale", "14_core_identity"}, "several": {"11_paper_scale"}}
 
 
