@@ -113,7 +113,7 @@ def _checked(name: str) -> str:
 
 
 def publish(run: Run, name: str = "") -> None:
-    """Copy summary, core and executed notebooks to results/<name>, draw figures/<name> from there: all or
+    """Copy summary, cores and executed notebooks to results/<name>, draw figures/<name> from there: all or
     nothing."""
     from dmsae_lib.distill.core_export import export_core
     from dmsae_lib.figures import draw_all
@@ -131,7 +131,8 @@ def publish(run: Run, name: str = "") -> None:
     targets = [run.root / "results" / name, run.root / "figures" / name]
     with explain_os_errors(targets[0]), locked(run), replacing(*targets) as (results, figures):
         shutil.copytree(load(run.folder / "summary", "summary").folder, results, dirs_exist_ok=True)
-        export_core(run, results / "core")
+        for chain in run.config.retrained_chains:
+            export_core(run, results / "core" if chain == "main" else results / "cores" / chain, chain=chain)
         (results / "notebooks").mkdir()
         for stage, state in made.items():
             if state == "present" and not stage.startswith("chain_"):  # other chains' look the same

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from builders import factory
 from builders.clone import write_notebook
+from builders.published import several_chains
 
 from dmsae_lib.command import manage
 from dmsae_lib.command.plan import states, write_plan
@@ -339,6 +340,19 @@ def test_clean_and_publish_leave_a_run_alone_that_is_being_computed(run):
             action(run)
     os.close(held)
     assert run.folder.exists() and not published_files(run)
+
+
+def test_every_core_that_was_retrained_is_published(tmp_path, one_figure, monkeypatch):
+    run = factory.build_run(tmp_path, several_chains(), scored=False)
+    write_summary(run)
+    monkeypatch.setattr(manage, "states", lambda run: {})
+    manage.publish(run)
+    published = tmp_path / "results" / "synthetic"
+    cores = {chain: load_core(published / "cores" / chain) for chain in ("seed1", "seed2", "relu0", "relu1")}
+    cores["main"] = load_core(published / "core")
+    assert {name: core.record["distilled"]["chain"] for name, core in cores.items()} == {n: n for n in cores}
+    sparsities = {core.record["distilled"]["core_sparsity"] for n, core in cores.items() if "relu" in n}
+    assert sparsities == {"relu"} and len(list(published.glob("cores/*"))) == 4
 
 
 # ------------------------------------------------------------------------------------------------------ the
