@@ -16,7 +16,7 @@ from dmsae_lib.figures import style
 from dmsae_lib.figures.house_style import SMALL
 from dmsae_lib.figures.style import DOUBLE
 from dmsae_lib.report import series
-from dmsae_lib.report.equal_l0 import baseline_at
+from dmsae_lib.report.equal_l0 import over_baseline
 from dmsae_lib.report.results import Results, Row
 from dmsae_lib.report.series import ARMS, Look
 from dmsae_lib.report.verdicts import t_interval
@@ -77,20 +77,11 @@ def imported(axes: Axes, results: Results, value: Callable[[Row], float | None])
             axes.plot([row["L0"]], [y], label=row["name"], **star)
 
 
-def _over_baseline(row: Row, baselines: list[Row], metric: str) -> float | None:
-    """Above the baseline of the same chain and seed at the row's L0; None where that is unbound or has no
-    such baseline."""
-    if row["unbound"]:
-        return None
-    base = baseline_at(baselines, row["chain"], row["seed"], style.total_l0(row), metric)
-    return None if base is None else row[metric] - base
-
-
 def quality(results: Results) -> Figure:
     """Loss increase and FVU against total L0, every arm; and below, above the baseline at equal L0."""
     drawn = series.lines(results.summary)
     ks = sorted({row["k"] for _, rows in drawn for row in rows})
-    baselines = [row for _, rows in drawn for row in rows if row["arm"] == "none"]
+    baselines = series.baselines(results.summary)
     compared = [(look, rows) for look, rows in drawn if rows[0]["arm"] != "none"]
     # between two arms
     aside = min((b / a for a, b in pairwise(ks)), default=2) ** (0.4 / max(len(compared), 1))
@@ -103,7 +94,7 @@ def quality(results: Results) -> Figure:
         style.log_y(above)
         above.set(xlabel="measured total L0 (core included)", ylabel=name)
         for at, (look, rows) in enumerate(compared):
-            gain = partial(_over_baseline, baselines=baselines, metric=metric)
+            gain = partial(over_baseline, baselines=baselines, metric=metric)
             shift = aside ** ((at + 1) // 2 * (-1) ** at)
             style.curve(below, look, rows, gain, lambda row, shift=shift: row["k"] * shift)
         below.axhline(0, color=ARMS["none"][1], linewidth=1, zorder=1)
@@ -113,7 +104,7 @@ def quality(results: Results) -> Figure:
     style.legend(figure, figure.axes[:1], ncols=3)
     caption = (
         "Loss increase and FVU against total L0, the core counted, for every arm; below, minus the baseline "
-        "of the same chain and seed at measured L0, where there is one."
+        "of the same chain (or, where it has none, of its seed's) and training seed at measured L0."
     )
     return style.finish(figure, results, caption, style.bars_note(drawn))
 

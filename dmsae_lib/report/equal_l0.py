@@ -1,8 +1,9 @@
 """SAEs compared at *measured* L0: each against the baseline without a core of the same chain and seed.
 
 The baseline's score is interpolated linearly in log L0 between the k's it was trained at. A chain without a
-baseline of its own enters no comparison. Neither does an SAE that is ``unbound``: its core alone reaches k,
-so that its L0 cannot be brought to k.
+baseline of its own enters no claim (figures and pages lend it that of its seed: see
+:func:`~dmsae_lib.report.series.baselines`). Neither does an SAE that is ``unbound``: its core alone reaches
+k, so that its L0 cannot be brought to k.
 """
 
 import math
@@ -42,14 +43,21 @@ def baseline_at(rows: list[Row], chain: str, seed: int, l0: float, metric: str) 
     return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
+def over_baseline(row: Row, baselines: list[Row], metric: str) -> float | None:
+    """The score of ``row`` minus the baseline's at its measured L0; None where it is unbound, was not scored,
+    or has no baseline near."""
+    if row["unbound"] or (value := score(row, metric)) is None:
+        return None
+    base = baseline_at(baselines, row["chain"], row["seed"], row["L0"]["total"], metric)
+    return None if base is None else value - base
+
+
 def advantage(rows: list[Row], arm: str, k: int | None, metric: str) -> OfSAE:
     """{(chain, seed): score of the arm's SAE minus the baseline's at its measured L0}, of bound SAEs."""
     gains = {}
     for row in rows:
-        if row["arm"] == arm and row["k"] == k and not row["unbound"] and score(row, metric) is not None:
-            base = baseline_at(rows, row["chain"], row["seed"], row["L0"]["total"], metric)
-            if base is not None:
-                gains[row["chain"], row["seed"]] = score(row, metric) - base
+        if row["arm"] == arm and row["k"] == k and (gain := over_baseline(row, rows, metric)) is not None:
+            gains[row["chain"], row["seed"]] = gain
     return gains
 
 

@@ -15,9 +15,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dmsae_lib.config.fields import EMBEDDED
 from dmsae_lib.report.claims import CLAIMS
-from dmsae_lib.report.equal_l0 import CHAIN, SEED, advantage, per_unit
+from dmsae_lib.report.equal_l0 import CHAIN, SEED, advantage, over_baseline, per_unit
 from dmsae_lib.report.results import Results
-from dmsae_lib.report.series import ARMS, PLURAL, by_k, kind_name, kinds, label, lines, replicates, units
+from dmsae_lib.report.series import (
+    ARMS,
+    PLURAL,
+    baselines,
+    by_k,
+    kind_name,
+    kinds,
+    label,
+    lines,
+    replicates,
+    units,
+)
 from dmsae_lib.report.verdicts import t_interval
 from dmsae_lib.store.atomic import write_text
 
@@ -92,6 +103,16 @@ def _by_k(summary: Row, arms: Iterable[str] = ARMS, metric: str = "") -> list[tu
     return [(k, look[0], rows) for look, mine in drawn for k, rows in by_k(mine).items()]
 
 
+def _gain(rows: list[Row], without: list[Row]) -> str:
+    """Loss increase of an arm's ``rows`` minus the baselines' at measured L0."""
+    of = (
+        ()
+        if rows[0]["arm"] == "none"
+        else units(rows, lambda row: over_baseline(row, without, "loss_increase"))[0]
+    )
+    return signed(fmean(of), t_interval(of), 4) if of else "-"
+
+
 def results_page(
     name: str,
     summary: Row,
@@ -122,7 +143,10 @@ def results_page(
         all_chains=_chains(summary),
         varied=PLURAL[per_unit(gains)[1]],
         controls=_controls(summary),
-        by_k=sorted(_by_k(summary, ["none", "distilled"]), key=lambda group: group[0]),
+        by_k=[
+            (*group, _gain(group[-1], baselines(summary)))
+            for group in sorted(_by_k(summary, ["none", "distilled"]), key=lambda group: group[0])
+        ],
         probed=_by_k(summary, metric="probe_top1") if summary["probing_baselines"] else [],
         tops=[key for key in ("probe_top1", "probe_top5") if any(key in row for row in scored)],
     )

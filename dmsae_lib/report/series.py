@@ -88,6 +88,25 @@ def kinds(summary: Row) -> list[Kind]:
     ]
 
 
+def baselines(summary: Row) -> list[Row]:
+    """The SAEs without a core; a chain that trained none has those of the first chain of its distillation
+    seed that did, as rows of its own: without a core chains of one seed differ in the retraining's random
+    streams alone."""
+    own = [row for row in summary["retrain"] if row["arm"] == "none"]
+    trained = dict.fromkeys(row["chain"] for row in own)
+    seeds = {"main": summary["inputs"]["seed"]}
+    seeds |= {name: chain["seed"] for name, chain in summary["chains"].items()}
+    lenders = {
+        name: next((lender for lender in trained if seeds[lender] == seed), None)
+        for name, seed in seeds.items()
+        if name not in trained
+    }
+    lent = [
+        row | {"chain": name} for name, lender in lenders.items() for row in own if row["chain"] == lender
+    ]
+    return own + lent
+
+
 def label(arm: str, summary: Row) -> str:
     return ARMS[arm][0].format(times=summary["sizes"]["n_cycles"] + 1, kind=kind_name(summary["sizes"]))
 

@@ -10,8 +10,9 @@ from builders.published import REPLICATES, identity, published
 from dmsae_lib.config.sections import CONTROLS
 from dmsae_lib.figures import FIGURES
 from dmsae_lib.figures.saebench import reference
+from dmsae_lib.report.equal_l0 import baseline_at
 from dmsae_lib.report.results import Results
-from dmsae_lib.report.series import ARMS, KINDS, OTHER_KINDS, kinds, lines, units
+from dmsae_lib.report.series import ARMS, KINDS, OTHER_KINDS, baselines, kinds, lines, units
 from dmsae_lib.report.verdicts import t_interval
 from dmsae_lib.store.artifacts import UserError
 
@@ -148,6 +149,17 @@ def test_kinds_of_core_are_told_apart(several):
     }
 
 
+def test_a_chain_without_a_baseline_is_lent_that_of_its_seed(several):
+    summary = Results(several).summary
+    own = [row for row in summary["retrain"] if row["arm"] == "none"]
+    summary["chains"]["relu9"] = summary["chains"]["relu0"] | {"seed": 9}  # a seed of which there is none
+    found = baselines(summary)
+    assert found[: len(own)] == own and {row["chain"] for row in found} == {*REPLICATES, "relu0", "relu1"}
+    for chain, lender in (("relu0", "main"), ("relu1", "seed1")):
+        lent = [row for row in found if row["chain"] == chain]
+        assert lent == [row | {"chain": chain} for row in own if row["chain"] == lender] and lent
+
+
 def test_a_line_is_an_arm_of_one_kind_of_core(apart):
     found = {label: rows for (label, *_), rows in lines(apart.summary)}
     assert {row["chain"] for row in found["DMSAE (equal-L0 core)"]} == set(REPLICATES)
@@ -177,7 +189,15 @@ def test_quality_is_compared_at_measured_l0(apart):
     above, _, below, _ = FIGURES["8_quality_vs_l0"](apart).axes
     gains = [y for _, y in points(below, ARMS["pca"][2])]
     assert gains == pytest.approx([factory.EFFECT["pca"]] * 2, abs=1e-6)
-    assert not points(below, OTHER[1])  # a ReLU chain has no baseline of its own
+    # a ReLU chain has no baseline of its own, but that of its seed's chain; it is bound at k = 96 alone
+    rows, lender = apart.summary["retrain"], {"relu0": "main", "relu1": "seed1"}
+    relu = [
+        row["loss_increase"]
+        - baseline_at(rows, lender[row["chain"]], row["seed"], row["L0"]["total"], "loss_increase")
+        for row in rows
+        if row["chain"] in lender and row["k"] == 96
+    ]
+    assert [y for _, y in points(below, OTHER[1])] == pytest.approx([fmean(relu)]) and len(relu) == 2
     assert not points(below, ARMS["none"][2]) and above.get_yscale() == "log"
 
 

@@ -11,7 +11,7 @@ import pytest
 from builders import factory
 
 from dmsae_lib.config.sections import CONTROLS, UNFROZEN, Chain
-from dmsae_lib.report.equal_l0 import advantage
+from dmsae_lib.report.equal_l0 import advantage, baseline_at
 from dmsae_lib.report.page import (
     BEGIN,
     END,
@@ -121,6 +121,14 @@ def test_retraining_keeps_kinds_of_core_apart(several):
         assert cells[name] == f"{fmean(row[key] for row in mine):.4f}"
     assert cells["n"] == "3" and len(found) == 6
     assert found["DMSAE (ReLU core)", 64]["loss increase"] == "9.0000"
+    chains = [row for row in several["retrain"] if row["chain"] in CHAINS]
+    gains = advantage(chains, "distilled", 64, "loss_increase").values()
+    (low, high), gain = t_interval(gains), fmean(gains)
+    assert cells["minus baseline"] == f"{gain:+.4f} [{low:+.4f}, {high:+.4f}]" and len(gains) == 3
+    (relu,) = (row for row in several["retrain"] if (row["chain"], row["k"]) == ("relu", 64))
+    base = baseline_at(chains, "main", 0, relu["L0"]["total"], "loss_increase")  # the chain of its seed
+    assert found["DMSAE (ReLU core)", 64]["minus baseline"] == f"{9 - base:+.4f}" and not relu["unbound"]
+    assert found["Matryoshka baseline", 64]["minus baseline"] == "-"
 
 
 def test_controls_are_compared_at_measured_l0_over_chains(several):
