@@ -254,7 +254,7 @@ class Sizing:
 
     def saebench(self) -> Stage:
         """The passes and encodings of both evals; the fits of the probes are not predicted."""
-        cfg, n = self.config, sum(arm in self.config.saebench.arms for _, arm, _ in self.retrained["main"])
+        cfg, n = self.config, sum(arm in self.config.saebench.arms for _, arm, *_ in self.config.scorable)
         sets = len(PROBING_SETS if cfg.saebench.probing_sets is None else cfg.saebench.probing_sets)
         positions, texts = cfg.saebench.core_rows * self.context, sets * PROBING_TEXTS
         tokens, outputs = positions * self.text.usable, 2 * self.element * positions * self.shape.vocabulary

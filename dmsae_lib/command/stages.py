@@ -94,6 +94,7 @@ def stages(config: RunConfig) -> list[Stage]:
     files = {"model_files": _fingerprint(config.model.name), "data_files": _fingerprint(config.data.source)}
     harvest = _slice(config, *COMPUTING, "model", "data", **files)
     found = [Stage("harvest", "01_harvest", "harvest", (), {}, harvest)]
+    run = Run(config, config.name, Path())
     chains = {name: _chain_stages(config, name) for name in config.chains}
     for chain in chains.values():
         found += chain
@@ -110,7 +111,10 @@ def stages(config: RunConfig) -> list[Stage]:
         found.append(_retrain_stage(config, name, cycles))
     bench = _slice(config, *COMPUTING, "saebench")
     suite = bench | {"suite": bench["saebench"].pop("suite")}
-    parents, index, suite_index = ("harvest", "retrain/index"), "saebench/index", "saebench/suite_index"
+    # the main chain's in any case: SAEs that were trained elsewhere are adopted there
+    places = {name: run.base(name).relative_to(run.folder) for name in ("main", *config.saebench.chains)}
+    parents = ("harvest", *((place / "retrain" / "index").as_posix() for place in places.values()))
+    index, suite_index = "saebench/index", "saebench/suite_index"
     found.append(Stage("saebench", "06_saebench", index, parents, {}, bench))
     asked = {"suite": True}
     found.append(Stage("saebench_suite", "06_saebench", suite_index, parents, asked, suite, optional=True))

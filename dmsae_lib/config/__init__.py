@@ -3,6 +3,7 @@
 Unknown keys are refused, so a misspelt one cannot silently fall back to its default.
 """
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -83,6 +84,32 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _scores_what_is_trained(self) -> "RunConfig":
+        bench, suite, known = self.saebench, self.saebench.suite, self.retrained_chains
+        if odd := [chain for chain in bench.chains if chain not in known]:
+            raise ValueError(
+                f"saebench.chains names {odd[0]}, which is no chain that is retrained: use {', '.join(known)}"
+            )
+        arms = dict.fromkeys(arm for _, arm, _, _ in self.scorable)
+        ks = suite.ks or self.retrain.ks
+        seeds = dict.fromkeys(s for k, arm, s, _ in self.scorable if k in ks and arm in suite.arms)
+        settings: list[tuple[str, Sequence, Collection]] = [
+            ("saebench.arms", bench.arms, arms),
+            ("saebench.suite.arms", suite.arms, arms),
+            ("saebench.suite.ks", ks, self.retrain.ks),
+            ("saebench.suite.seeds", suite.seeds or [], seeds),
+        ]
+        for setting, asked, trained in settings:
+            # some are left out without a word: a default, or another setting, may ask for more than there is
+            if asked and not set(asked).intersection(trained):
+                has = ", ".join(map(str, trained)) or "none"
+                raise ValueError(
+                    f"{setting} is {asked}, but no SAE of saebench.chains = {bench.chains} has one of these: "
+                    f"there is {has}"
+                )
+        return self
+
     @property
     def control_ks(self) -> list[int]:
         if self.retrain.controls_at is not None:
@@ -133,18 +160,26 @@ class RunConfig(Section):
         """The chains whose cores are retrained, the main one first."""
         return ["main", *(chain.name for chain in self.distill.chains if chain.retrain)]
 
+    def seeds(self, chain: str = "main") -> list[int]:
+        """Those that SAEs with a chain's cores are trained with at every k."""
+        own = None if chain == "main" else self._chain(chain).seeds
+        return own or self.retrain.seeds
+
     def retrain_arms(self, k: int, chain: str = "main") -> list[tuple[str, int]]:
         """(arm, seed) of every SAE trained at ``k`` with the cores of a chain."""
-        own, seeds = self.retrain, self.retrain.seeds
-        if chain == "main":
-            arms = own.arms
-        else:
-            arms, seeds = self._chain(chain).retrain, self._chain(chain).seeds or seeds
+        own, seeds = self.retrain, self.seeds(chain)
+        arms = own.arms if chain == "main" else self._chain(chain).retrain
         draws = own.controls if chain == "main" and k in self.control_ks else {}
         more = own.more_seeds if chain == "main" and k == self.training.k else []
         return [(arm, seed) for arm in arms for seed in [*seeds, *more]] + [
             (arm, seed) for arm, n in draws.items() for seed in seeds[:n]
         ]
+
+    @property
+    def scorable(self) -> list[tuple[int, str, int, str]]:
+        """(k, arm, seed, chain) of every SAE among which SAEBench's settings select."""
+        chains, ks = self.saebench.chains, self.retrain.ks
+        return [(k, *which, chain) for chain in chains for k in ks for which in self.retrain_arms(k, chain)]
 
     @property
     def imported(self) -> list[tuple[int, str, int]]:

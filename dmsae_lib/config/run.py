@@ -40,9 +40,9 @@ class Run:
     def retrained(self, k: int, arm: str, seed: int, chain: str = "main") -> Path:
         return self.base(chain) / "retrain" / f"k{k}" / f"{arm}-seed{seed}"
 
-    def scores(self, k: int, arm: str, seed: int) -> Path:
+    def scores(self, k: int, arm: str, seed: int, chain: str = "main") -> Path:
         """The folder with one artefact per SAEBench eval and evaluation seed."""
-        return self.folder / "saebench" / f"k{k}" / f"{arm}-seed{seed}"
+        return self.base(chain) / "saebench" / f"k{k}" / f"{arm}-seed{seed}"
 
 
 def open_run(config: str, run: str = "", overrides: list[str] | tuple[str, ...] = ()) -> Run:

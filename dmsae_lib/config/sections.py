@@ -8,7 +8,15 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from dmsae_lib.config.fields import EachOnce, Fraction, Local, Name, OneAtLeast, Positive, Sizes, one_of
 
@@ -227,7 +235,7 @@ class SuiteConfig(Section):
     evals: EachOnce[Annotated[str, one_of(EVALS)]] | None = None
     arms: EachOnce[Arm] = ["none", "distilled"]
     ks: EachOnce[Positive] | None = None  # None: retrain.ks
-    seeds: EachOnce[int] | None = None  # training seeds; None: retrain.seeds
+    seeds: EachOnce[int] | None = None  # training seeds; None: retrain.seeds, or a chain's own
     # draws of texts, splits and probes: all on the first training seed, the first alone on the others
     eval_seeds: OneAtLeast[Annotated[int, Field(ge=0)]] = [0, 1, 2]
     data: Local | None = None  # a folder with sae_bench's own data sets, looked into before the Hub is asked
@@ -239,6 +247,8 @@ class SuiteConfig(Section):
 
 
 class SaebenchConfig(Section):
+    # whose SAEs are scored, here and in the suite; the settings that follow select among them
+    chains: OneAtLeast[Name] = ["main"]
     arms: EachOnce[Arm] = ["none", "distilled"]  # those scored, seven seconds each on two cores
     probing_sets: EachOnce[str] | None = None  # None: the fixed list of dmsae_lib.data.corpus; [] : none
     # accuracy: sets that a probe on all channels misses are dropped
@@ -250,4 +260,9 @@ class SaebenchConfig(Section):
 
     def decisive(self) -> dict[str, Any]:
         """What the core and probing scores of one SAE depend on."""
-        return self.model_dump(exclude={"arms", "suite"})
+        return self.model_dump(exclude={"chains", "arms", "suite"})
+
+    @model_serializer(mode="wrap")
+    def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # the main chain alone goes without saying, so that no run from before there were others is stale
+        return {name: value for name, value in written(self).items() if (name, value) != ("chains", ["main"])}

@@ -80,12 +80,13 @@ class Stages:
     @cached_property
     def scores(self) -> dict[Task, Row]:
         """The results of every SAEBench eval that the configuration asks for and that is there."""
-        saes = dict(self.retrained()) | self.imported()
-        tasks = reproduced_tasks(self.config.saebench, saes)
-        tasks += suite_tasks(self.config.saebench, self.config.retrain, saes)
+        chains = self.config.saebench.chains
+        saes = {(*sae, chain): artifact for chain in chains for sae, artifact in self.retrained(chain)}
+        saes |= {(*sae, "main"): artifact for sae, artifact in self.imported().items()}
+        tasks = [*reproduced_tasks(self.config), *suite_tasks(self.config)]
         there = {task: task.folder(self.run) for task in tasks if task.folder(self.run).exists()}
         return {
-            task: self.get("scores", folder, saes[task[:3]]).json("scores.json")["result"]
+            task: self.get("scores", folder, saes[task.sae]).json("scores.json")["result"]
             for task, folder in there.items()
         }
 

@@ -11,14 +11,14 @@ line in EVALS, and its name in :data:`dmsae_lib.config.sections.EVALS`, by which
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dmsae_lib.config import sections
-from dmsae_lib.config.sections import RetrainConfig, SaebenchConfig
+from dmsae_lib.config import RunConfig, sections
+from dmsae_lib.config.sections import SaebenchConfig
 from dmsae_lib.data.language_model import LanguageModel
 from dmsae_lib.data.workers import Workers
 from dmsae_lib.interop import load_any
@@ -114,10 +114,16 @@ class Task(NamedTuple):
     seed: int
     name: str
     eval_seed: int
+    chain: str = "main"  # whose cores the SAE was trained with
+
+    @property
+    def sae(self) -> tuple[int, str, int, str]:
+        """(k, arm, training seed, chain)"""
+        return self.k, self.arm, self.seed, self.chain
 
     def folder(self, run: Any) -> Path:
         """Where a :class:`~dmsae_lib.config.run.Run` keeps its result."""
-        return run.scores(self.k, self.arm, self.seed) / f"{self.name}-seed{self.eval_seed}"
+        return run.scores(*self.sae) / f"{self.name}-seed{self.eval_seed}"
 
     def made_from(self, sae: Artifact, settings: SaebenchConfig) -> dict[str, str]:
         """The parents of its result: the SAE, and the settings on which the eval depends."""
@@ -136,30 +142,35 @@ class Task(NamedTuple):
         return load(self.folder(run), "scores")
 
 
-def reproduced_tasks(settings: SaebenchConfig, saes: Iterable[tuple[int, str, int]]) -> list[Task]:
-    """What ``make reproduce`` scores of the SAEs (k, arm, training seed)."""
-    chosen = [sae for sae in saes if sae[1] in settings.arms or sae[0] == IMPORTED]
-    return [Task(*sae, name, settings.seed) for sae in chosen for name in REPRODUCED]
+def reproduced_tasks(config: RunConfig) -> list[Task]:
+    """What ``make reproduce`` scores: the arms asked of the chains asked, and SAEs trained elsewhere."""
+    settings = config.saebench
+    chosen = [sae for sae in config.scorable if sae[1] in settings.arms]
+    chosen += [(*sae, "main") for sae in config.imported]
+    return [Task(*sae, name, settings.seed, chain) for *sae, chain in chosen for name in REPRODUCED]
 
 
-def suite_tasks(
-    settings: SaebenchConfig, retrain: RetrainConfig, saes: Iterable[tuple[int, str, int]]
-) -> list[Task]:
-    """What ``make saebench`` adds: further evals, and further evaluation seeds on the first training seed."""
-    suite = settings.suite
-    ks, seeds = suite.ks or retrain.ks, suite.seeds or retrain.seeds
+def suite_tasks(config: RunConfig) -> list[Task]:
+    """What ``make saebench`` adds: further evals, and further evaluation seeds on the first training seed,
+    the first of those asked that a chain has at a k."""
+    suite, done, found = config.saebench.suite, set(reproduced_tasks(config)), []
+    ks = suite.ks or config.retrain.ks
+    asked = {chain: suite.seeds or config.seeds(chain) for chain in config.saebench.chains}
     chosen = [
-        sae for sae in saes if sae[0] == IMPORTED or sae[0] in ks and sae[1] in suite.arms and sae[2] in seeds
+        (k, arm, seed, chain)
+        for k, arm, seed, chain in config.scorable
+        if k in ks and arm in suite.arms and seed in asked[chain]
     ]
-    done = set(reproduced_tasks(settings, chosen))
-    found = []
+    there = {(k, seed, chain) for k, _, seed, chain in chosen}
+    first = {(k, chain): next(s for s in asked[chain] if (k, s, chain) in there) for k, _, chain in there}
+    chosen += [(*sae, "main") for sae in config.imported]
     for name in [name for name in EVALS if name != "core"] if suite.evals is None else suite.evals:
-        for k, arm, seed in chosen:
-            again = k != IMPORTED and seed == seeds[0] and EVALS[name].seeded
-            if name in REPRODUCED and seed != seeds[0]:
+        for k, arm, seed, chain in chosen:
+            again = first.get((k, chain)) == seed
+            if name in REPRODUCED and not again and k != IMPORTED:
                 continue
-            draws = suite.eval_seeds if again else suite.eval_seeds[:1]
-            found += [Task(k, arm, seed, name, draw) for draw in draws]
+            draws = suite.eval_seeds if again and EVALS[name].seeded else suite.eval_seeds[:1]
+            found += [Task(k, arm, seed, name, draw, chain) for draw in draws]
     return [task for task in found if task not in done]
 
 

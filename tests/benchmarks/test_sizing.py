@@ -264,6 +264,21 @@ def test_shared_cycles_placebos_and_retrained_chains_are_counted_once_each():
     assert counts == (23, 2)
 
 
+def test_every_scored_sae_of_every_chain_is_counted():
+    """3 k's: the main chain's two arms with three seeds, and one arm with one seed of the chain beside it."""
+    chain = "distill.chains=[{name: relu, core_sparsity: relu, seeds: [0], retrain: [distilled, random]}]"
+    shape, text = shape_of("wheeltext-4x128"), Text(0.98, 95)
+    main, both = (
+        Sizing(load_config("default", [chain, f"saebench.chains={chains}"]), shape, CPU, text, core=41)
+        for chains in ("[main]", "[main, relu]")
+    )
+    encoded = [
+        [op for op in one.saebench().ops if op.name == main.cored.encode(1).name] for one in (main, both)
+    ]
+    per_sae = [sum(op.flops for op in ops) / n for ops, n in zip(encoded, (18, 21))]
+    assert per_sae[0] == pytest.approx(per_sae[1]) and per_sae[0] > 0
+
+
 def test_three_copies_of_a_streamed_block_live_while_the_next_is_made(monkeypatch):
     """Counted among all tensors at the moment of the last operation, whose result is the third."""
     rows, width, seen = 64, 1237, []  # a size that no other tensor has

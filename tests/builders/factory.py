@@ -210,23 +210,23 @@ def write_retrained(run: Run, k: int, arm: str, seed: int, chain: str = "main") 
     with write(run.retrained(k, arm, seed, chain), "sae", harvest) as sae:
         sae.json("metrics.json", metrics)
         sae.csv("history.csv", history(1))
-    if chain != "main":
+    if chain not in run.config.saebench.chains:
         return
-    parents = {"sae": hash_of(run.retrained(k, arm, seed), "sae")}
+    parents = {"sae": hash_of(run.retrained(k, arm, seed, chain), "sae")}
     top = {f"probe_top{n}": probe(arm, total, n) + 0.004 * (seed - 1) * (arm != "none") for n in (1, 5)}
     core = {
-        "ce_loss_score": loss_recovered(arm, total, seed) - 0.001,
+        "ce_loss_score": loss_recovered(arm, total, seed, offset) - 0.001,
         "ce_loss_with_sae": 4.6,
         "explained_variance": 1.004,
         "explained_variance_legacy": 1 - fvu(arm, total),
         "l0": total,
     }
     for name, metrics in (("core", core), ("sparse_probing", top)):
-        write_scores(run, Task(k, arm, seed, name, 0), {"metrics": metrics}, parents)
+        write_scores(run, Task(k, arm, seed, name, 0, chain), {"metrics": metrics}, parents)
 
 
 def write_scores(run: Run, task: Task, result: dict, parents: dict[str, str] | None = None) -> None:
-    sae = parents or {"sae": hash_of(run.retrained(*task[:3]), "sae")}
+    sae = parents or {"sae": hash_of(run.retrained(*task.sae), "sae")}
     with write(task.folder(run), "scores", sae) as scores:
         scores.json("scores.json", task._asdict() | {"result": result})
 

@@ -69,6 +69,20 @@ def test_stages_come_parents_first_and_only_from_the_configuration():
         made.add(stage.artefact)
 
 
+def test_saebench_waits_for_the_saes_of_every_chain_that_it_scores():
+    main = ("harvest", "retrain/index")
+    for chains, parents in (
+        ("main", main),
+        ("main, equal-l0", (*main, "chain_equal-l0/retrain/index")),
+        (
+            "equal-l0",
+            (*main, "chain_equal-l0/retrain/index"),
+        ),  # SAEs from elsewhere lie with the main chain's
+    ):
+        found = stages(load_config("smoke", [f"saebench.chains=[{chains}]"]))
+        assert [stage.parents for stage in found if stage.notebook == "06_saebench"] == [parents] * 2
+
+
 def test_a_chain_has_cycles_of_its_own_that_share_the_harvest():
     chain = {"name": "other", "seed": 5, "core_sparsity": "batchtopk"}
     config = RunConfig.model_validate(TOY | {"name": "toy", "distill": {"cycles": 1, "chains": [chain]}})

@@ -68,6 +68,34 @@ CONFIG = {
         ["distill.chains=[{name: b, seed: 1, seeds: []}]"],
         ["distill.chains.0.seeds is []", "one entry at least"],
     ),
+    "scores of a chain that is not there": (
+        ["saebench.chains=[main, relu]"],
+        ["saebench.chains names relu", "no chain that is retrained", "use main, equal-l0"],
+    ),
+    "scores of a chain that is not retrained": (
+        ["distill.chains=[{name: relu, seed: 1}]", "saebench.chains=[relu]"],
+        ["saebench.chains names relu", "no chain that is retrained", "use main"],
+    ),
+    "scores of arms that are not trained": (
+        ["saebench.arms=[none, pca]", "saebench.chains=[equal-l0]"],
+        ["saebench.arms is ['none', 'pca']", "chains = ['equal-l0'] has", "there is distilled"],
+    ),
+    "a suite of an arm that is not trained": (
+        ["saebench.suite.arms=[pca]", "retrain.controls={}"],
+        ["saebench.suite.arms is ['pca']", "chains = ['main'] has", "there is none, distilled"],
+    ),
+    "a suite at a k that is not trained": (
+        ["saebench.suite.ks=[16]"],
+        ["saebench.suite.ks is [16]", "there is 32"],
+    ),
+    "a suite of seeds that no SAE has": (
+        ["saebench.suite.seeds=[7, 8]"],
+        ["saebench.suite.seeds is [7, 8]", "there is 0"],
+    ),
+    "a suite of further seeds elsewhere than at their k": (
+        ["retrain.ks=[16, 32]", "retrain.more_seeds=[7]", "saebench.suite={ks: [16], seeds: [7]}"],
+        ["saebench.suite.seeds is [7]", "there is 0"],
+    ),
     "no seeds": (["retrain.seeds=[]"], ["retrain.seeds is []", "one entry at least"]),
     "too little text for fresh tokens": (
         ["data.fresh_factor=2"],
@@ -107,6 +135,7 @@ SETS = {
     "retrain.controls_at": "[32, 32]",
     "distill.placebos": "[pca, pca]",
     "learning_rate_sweep": "[1, 2.0, 1.0]",
+    "saebench.chains": "[main, main]",
     "saebench.arms": "[none, none]",
     "saebench.probing_ks": "[1, 5, 1]",
     "saebench.probing_sets": "[54_cs_tf, 54_cs_tf]",

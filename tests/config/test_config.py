@@ -156,6 +156,8 @@ def test_where_a_run_keeps_its_stages():
     assert run.cycle(2, "sae", "other") == run.folder / "chain_other" / "cycle_2" / "sae"
     assert run.retrained(32, "random", 1) == run.folder / "retrain" / "k32" / "random-seed1"
     assert run.scores(32, "random", 1) == run.folder / "saebench" / "k32" / "random-seed1"
+    of_chain = run.folder / "chain_b" / "saebench" / "k32" / "distilled-seed1"
+    assert run.scores(32, "distilled", 1, "b") == of_chain
 
 
 def test_a_chain_takes_its_own_seed_and_core_settings_and_nothing_else():
@@ -215,6 +217,22 @@ def test_seeds_that_only_the_distillation_k_has_and_those_of_a_chain():
     for k in (32, 48):  # more seeds are the main chain's; another chain has its own, or those of all
         assert config.retrain_arms(k, "b") == [("distilled", 4)]
         assert config.retrain_arms(k, "c") == [("none", 9)]
+
+
+def test_a_run_that_scores_the_main_chain_alone_is_the_same_as_before_there_were_others():
+    """Nothing is written of the default, by which a finished run would be stale."""
+    plain, said = load_config("smoke"), load_config("smoke", ["saebench.chains=[main]"])
+    other = load_config("smoke", ["saebench.chains=[equal-l0, main]"])
+    assert plain == said and plain.hash == said.hash != other.hash
+    assert "chains" not in plain.model_dump()["saebench"]
+    assert other.model_dump()["saebench"]["chains"] == ["equal-l0", "main"]
+    assert plain.saebench.decisive() == other.saebench.decisive()  # no score depends on it
+    assert other.scorable[:2] == [(32, "distilled", 0, "equal-l0"), (32, "none", 0, "main")]
+
+
+def test_further_seeds_can_be_scored():
+    config = load_config("smoke", ["retrain.more_seeds=[7]", "saebench.suite.seeds=[7]"])
+    assert (32, "distilled", 7, "main") in config.scorable
 
 
 def test_steps_cover_the_tokens_of_a_cycle():
