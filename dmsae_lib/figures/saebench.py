@@ -12,7 +12,6 @@ from dmsae_lib.figures.style import DOUBLE
 from dmsae_lib.report import series
 from dmsae_lib.report.equal_l0 import score
 from dmsae_lib.report.results import Results, Row
-from dmsae_lib.report.series import SEEDS
 
 SCORES = {
     "ce_loss_score": "CE loss score (fraction)",
@@ -70,15 +69,17 @@ def _lane_label(row: Row) -> str:
 
 
 def differences(results: Results) -> Figure:
-    """DMSAE minus baseline for every headline metric and k."""
-    rows = results.summary["differences"]
+    """DMSAE minus baseline for every headline metric and k, one panel per kind of core."""
+    rows, by_core = results.summary["differences"], series.differences(results.summary)
     ks, labels = sorted({row["k"] for row in rows}), list(dict.fromkeys(map(_lane_label, rows)))
     colours = {k: style.cycle_colour(at, len(ks) - 1) for at, k in enumerate(ks)}
     point: dict[str, Any] = {"marker": "o", "markersize": 3.6}
     figure = style.new_figure(DOUBLE, 0.9 + len(labels) * (0.16 + 0.07 * len(ks)))
-    axes = figure.subplots()
-    axes.axvline(0, color=MUTED, linewidth=0.8)
-    for row in rows:
+    panels = figure.subplots(1, len(by_core), sharey=True, squeeze=False)[0]
+    for axes, core in zip(panels, by_core):
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        axes.set_title(f"{core} core" if len(by_core) > 1 else "", fontsize=SMALL)
+    for axes, row in [(axes, row) for axes, mine in zip(panels, by_core.values()) for row in mine]:
         y = labels.index(_lane_label(row)) + 0.7 * ((ks.index(row["k"]) + 0.5) / len(ks) - 0.5)
         colour = colours[row["k"]]
         if row["evaluation"] and row["evaluation"]["interval"]:
@@ -86,16 +87,19 @@ def differences(results: Results) -> Figure:
         if row["interval"]:
             axes.plot(row["interval"], [y, y], color=colour, linewidth=1.1, zorder=3)
         axes.plot([row["value"]], [y], zorder=4, **point, **style.face(colour, row["sign"] == "?"))
+    axes = panels[0]
     for k in ks:
         axes.plot([], [], color=colours[k], label=f"k = {k}", **point)
     if again := any(row["evaluation"] for row in rows):
         axes.plot([], [], label="evaluation seeds", **AGAIN)
     style.lanes(axes, labels, fontsize=SMALL)
+    axes.set_ylabel("metric")
     name = "DMSAE minus Matryoshka baseline at measured L0 (fractions of 1; loss increase: nats)"
-    axes.set(xlabel=name, ylabel="metric")
+    (axes.set_xlabel if len(by_core) == 1 else figure.supxlabel)(name)
     style.legend(figure, [axes], ncols=min(len(ks) + 1, 7))
+    whose = "the main chain's core" if len(by_core) == 1 else f"{' and '.join(by_core)} cores"
     caption = (
-        "SAEs with the main chain's core minus the Matryoshka baseline, paired by training seed; "
+        f"SAEs with {whose} minus the Matryoshka baseline, paired by training seed; "
         "hollow where no interval excludes 0."
     )
     if again:
@@ -103,8 +107,8 @@ def differences(results: Results) -> Figure:
         caption += f" Grey: 95 % t interval over {over}."
     if any(row["doubted"] for row in rows):
         caption += " †: unreliable by an audit (arXiv 2605.18229)."
-    if any(row["interval"] for row in rows):
-        return style.finish(figure, results, caption, f"points: mean, bars: 95 % t interval over {SEEDS}")
+    if over := series.varied(row for row in rows if row["interval"]):
+        return style.finish(figure, results, caption, f"points: mean, bars: 95 % t interval over {over}")
     return style.finish(figure, results, caption, "one training seed, no error bars")
 
 

@@ -20,9 +20,9 @@ from dmsae_lib.report.equal_l0 import (
     advantage,
     bound_ks,
     by_chain,
+    of_scored_chains,
     over_control,
     paired,
-    score,
 )
 from dmsae_lib.report.evidence import CLAIMS, Evidence, Finding, claim, furthest, judged, lowest, number
 from dmsae_lib.report.verdicts import group_part, part, pseudo_values
@@ -138,10 +138,8 @@ def beats_baseline(evidence: Evidence) -> Finding:
     Over chains where the cores of several were scored, else over the main one's training seeds. The claim's
     value is probing top 1 at the largest low k.
     """
-    rows, k = evidence.rows, evidence.sizes["k"]
-    scored = {r["chain"] for r in rows if r["arm"] == "distilled" and score(r, "probe_top1") is not None}
-    several = len(scored) > 1
-    rows = [r for r in rows if r["chain"] in (scored if several else {"main"})]
+    rows, k = of_scored_chains(evidence.rows), evidence.sizes["k"]
+    several = len({r["chain"] for r in rows}) > 1
     parts, missing, ks = [], [], bound_ks(rows)
     for one in COMPARED:
         metric = next((m for m in one.metrics if any(advantage(rows, "distilled", at, m) for at in ks)), None)

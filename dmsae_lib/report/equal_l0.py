@@ -61,6 +61,12 @@ def advantage(rows: list[Row], arm: str, k: int | None, metric: str) -> OfSAE:
     return gains
 
 
+def of_scored_chains(rows: list[Row]) -> list[Row]:
+    """The rows of those chains whose distilled SAEs SAEBench scored; of the main one where there are none."""
+    scored = {row["chain"] for row in rows if row["arm"] == "distilled" and row["saebench"]}
+    return [row for row in rows if row["chain"] in (scored or {"main"})]
+
+
 def paired(a: OfSAE, b: OfSAE) -> OfSAE:
     """a - b where both have a value."""
     return {key: a[key] - b[key] for key in a if key in b}

@@ -22,12 +22,14 @@ from dmsae_lib.report.series import (
     PLURAL,
     baselines,
     by_k,
+    differences,
     kind_name,
     kinds,
     label,
     lines,
     replicates,
     units,
+    varied,
 )
 from dmsae_lib.report.verdicts import t_interval
 from dmsae_lib.store.atomic import write_text
@@ -72,7 +74,14 @@ def cell(text: str) -> str:
 def rendered(template: str, **values: Any) -> str:
     layout = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, **layout)
-    filters = {"average": average, "mean": mean, "signed": signed, "cell": cell, "kind_name": kind_name}
+    filters = {
+        "average": average,
+        "mean": mean,
+        "signed": signed,
+        "cell": cell,
+        "kind_name": kind_name,
+        "varied": varied,
+    }
     environment.filters |= filters | {"n": lambda rows: len(units(rows, lambda row: row["fvu"])[0])}
     return environment.get_template(template).render(values)
 
@@ -147,6 +156,7 @@ def results_page(
             (*group, _gain(group[-1], baselines(summary)))
             for group in sorted(_by_k(summary, ["none", "distilled"]), key=lambda group: group[0])
         ],
+        by_core=differences(summary),
         probed=_by_k(summary, metric="probe_top1") if summary["probing_baselines"] else [],
         tops=[key for key in ("probe_top1", "probe_top5") if any(key in row for row in scored)],
     )

@@ -3,17 +3,18 @@ baseline.
 
 Two kinds of error bars are kept apart. *Training seeds*: every SAE scored with the first evaluation seed, the
 difference to the same-seed baseline at measured L0 (:func:`dmsae_lib.report.equal_l0.advantage`), t interval
-over the seeds. *Evaluation seeds*: the SAEs of the first training seed scored again on other texts, splits
-and probes; the difference at equal k, t interval over these draws. Both are about one distilled core, the
-main chain's.
+over the seeds; where several chains of one kind of core were scored, over the chains. *Evaluation seeds*: the
+SAEs of one chain's first training seed scored again on other texts, splits and probes; the difference at
+equal k, t interval over these draws. Kinds of core are never mixed.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from dmsae_lib.report.equal_l0 import advantage
+from dmsae_lib.report.equal_l0 import advantage, of_scored_chains, per_unit
+from dmsae_lib.report.series import baselines, kinds, lenders
 from dmsae_lib.report.verdicts import t_interval
-from dmsae_lib.saebench import EVALS, IMPORTED, REPRODUCED, Task
+from dmsae_lib.saebench import EVALS, REPRODUCED, Task
 
 Row = dict[str, Any]
 Results = dict[Task, Row]
@@ -50,11 +51,11 @@ def numbers(name: str, result: Row) -> dict[str, float | None]:
     return {f"{prefix}{metric}": value for metric, value in result["metrics"].items()}
 
 
-def by_sae(results: Results) -> dict[tuple[int, str, int], Row]:
-    """{(k, arm, training seed): its numbers} by the first evaluation seed of each eval."""
-    found: dict[tuple[int, str, int], Row] = {}
+def by_sae(results: Results) -> dict[tuple[int, str, int, str], Row]:
+    """{(k, arm, training seed, chain): its numbers} by the first evaluation seed of each eval."""
+    found: dict[tuple[int, str, int, str], Row] = {}
     for task, result in results.items():
-        row = found.setdefault(task[:3], {})
+        row = found.setdefault(task.sae, {})
         row |= {metric: value for metric, value in numbers(task.name, result).items() if metric not in row}
     return found
 
@@ -99,32 +100,43 @@ def _mean(gains: list[float]) -> Row:
     return {"value": sum(gains) / len(gains), "interval": t_interval(gains), "n": len(gains)}
 
 
-def differences(rows: list[Row], results: Results, outliers: float) -> list[Row]:
-    """The main chain's DMSAE minus its baseline for each headline metric and k: {metric, label, better,
-    doubted, k, value, interval, n, sign, evaluation}.
+def differences(summary: Row, results: Results) -> list[Row]:
+    """DMSAE minus its baseline for each kind of core of which a chain was scored (and for the main one in any
+    case), each headline metric and k: the fields of :class:`dmsae_lib.report.shape.Difference`.
 
+    The baseline of a chain that trained none is that of a chain with its distillation seed
+    (:func:`dmsae_lib.report.series.lenders`), in SAEBench's metrics where that one was scored too.
     ``sign`` is "+" or "-" where the interval over training seeds excludes 0, else "?"; ``evaluation`` =
     {value, interval, n} over evaluation seeds, or None below two of them.
     """
-    found, rows = [], [row for row in rows if row["chain"] == "main"]
-    for metric, (label, better) in HEADLINES.items():
-        name = metric.partition(".")[0]
-        doubted = name in EVALS and bool(EVALS[name].doubt) or metric in OF_CORE and outliers > 0
-        for k in sorted({row["k"] for row in rows}):
-            if gains := list(advantage(rows, "distilled", k, metric).values()):
-                row = {"metric": metric, "label": label, "better": better, "doubted": doubted, "k": k}
-                row |= _mean(gains)
-                evaluation = _over_draws(metric, k, results)
-                found.append(row | {"sign": _sign(row["interval"]), "evaluation": evaluation})
+    found, base = [], lenders(summary)
+    outliers = summary["language_model"]["outliers"]["test"]
+    for n, kind in enumerate(kinds(summary)):
+        distilled = [row for row in of_scored_chains(kind.rows) if row["arm"] == "distilled"]
+        chains = dict.fromkeys(row["chain"] for row in distilled)
+        rows = distilled + baselines(summary)
+        for metric, (label, better) in HEADLINES.items():
+            name = metric.partition(".")[0]
+            doubted = name in EVALS and bool(EVALS[name].doubt) or metric in OF_CORE and outliers > 0
+            for k in sorted({row["k"] for row in distilled}):
+                gains, varied = per_unit(advantage(rows, "distilled", k, metric))
+                if gains:
+                    row = {"core": kind.name if n else None, "metric": metric, "label": label}
+                    row |= {"better": better, "doubted": doubted, "k": k, "varied": varied, **_mean(gains)}
+                    first = next(chain for chain in chains if chain in base)
+                    evaluation = _over_draws(metric, k, results, first, base[first])
+                    found.append(row | {"sign": _sign(row["interval"]), "evaluation": evaluation})
     return found
 
 
-def _over_draws(metric: str, k: int, results: Results) -> Row | None:
-    first = min((task.seed for task in results if task.k != IMPORTED), default=0)
-    pairs: dict[int, dict[str, float]] = {}
+def _over_draws(metric: str, k: int, results: Results, chain: str, base: str) -> Row | None:
+    """Of the training seed that several evaluation seeds were spent on."""
+    pairs: dict[int, dict[int, dict[str, float]]] = {}  # by training seed, then by evaluation seed
     for task, result in results.items():
         value = numbers(task.name, result).get(metric)
-        if (task.k, task.seed) == (k, first) and value is not None:
-            pairs.setdefault(task.eval_seed, {})[task.arm] = value
-    both = [pair for pair in pairs.values() if {"distilled", "none"} <= pair.keys()]
-    return _mean([pair["distilled"] - pair["none"] for pair in both]) if len(both) > 1 else None
+        compared = (task.chain, task.arm) in ((chain, "distilled"), (base, "none"))
+        if compared and task.k == k and value is not None:
+            pairs.setdefault(task.seed, {}).setdefault(task.eval_seed, {})[task.arm] = value
+    both = [[pair for pair in of.values() if {"distilled", "none"} <= pair.keys()] for of in pairs.values()]
+    drawn = max(both, key=len, default=[])
+    return _mean([pair["distilled"] - pair["none"] for pair in drawn]) if len(drawn) > 1 else None

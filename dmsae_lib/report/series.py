@@ -88,23 +88,42 @@ def kinds(summary: Row) -> list[Kind]:
     ]
 
 
-def baselines(summary: Row) -> list[Row]:
-    """The SAEs without a core; a chain that trained none has those of the first chain of its distillation
-    seed that did, as rows of its own: without a core chains of one seed differ in the retraining's random
-    streams alone."""
-    own = [row for row in summary["retrain"] if row["arm"] == "none"]
-    trained = dict.fromkeys(row["chain"] for row in own)
+def lenders(summary: Row) -> dict[str, str]:
+    """{chain: the one whose SAEs without a core are its baseline}: its own, else those of the first chain of
+    its distillation seed that trained any; without a core chains of one seed differ in the retraining's
+    random streams alone. A chain of which neither is there has none."""
+    trained = dict.fromkeys(row["chain"] for row in summary["retrain"] if row["arm"] == "none")
     seeds = {"main": summary["inputs"]["seed"]}
     seeds |= {name: chain["seed"] for name, chain in summary["chains"].items()}
-    lenders = {
-        name: next((lender for lender in trained if seeds[lender] == seed), None)
-        for name, seed in seeds.items()
-        if name not in trained
-    }
-    lent = [
-        row | {"chain": name} for name, lender in lenders.items() for row in own if row["chain"] == lender
+    found = {}
+    for name, seed in seeds.items():
+        alike = [name] if name in trained else [lender for lender in trained if seeds[lender] == seed]
+        found |= {name: lender for lender in alike[:1]}
+    return found
+
+
+def baselines(summary: Row) -> list[Row]:
+    """The SAEs without a core that each chain is compared with, as rows of its own (see :func:`lenders`)."""
+    own = [row for row in summary["retrain"] if row["arm"] == "none"]
+    return [
+        row | {"chain": name}
+        for name, lender in lenders(summary).items()
+        for row in own
+        if row["chain"] == lender
     ]
-    return own + lent
+
+
+def differences(summary: Row) -> dict[str, list[Row]]:
+    """{kind of core: its differences to the baseline}, the main chain's kind first."""
+    found: dict[str, list[Row]] = {}
+    for row in summary["differences"]:  # an older run's are of the main kind
+        found.setdefault(row.get("core") or kind_name(summary["sizes"]), []).append(row)
+    return found
+
+
+def varied(rows: Iterable[Row]) -> str:
+    """What differs between the n values of differences; an older run's are those of one chain."""
+    return " or ".join(dict.fromkeys(PLURAL[row.get("varied", SEED)] for row in rows))
 
 
 def label(arm: str, summary: Row) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dmsae_lib.config.sections import Aggregator, Arm, CoreBias, CoreDecoder, CoreSparsity, Reading
+from dmsae_lib.report.equal_l0 import SEED
 
 SCHEMA_VERSION: Final = 6
 Count = Annotated[int, Field(ge=0)]
@@ -238,6 +239,7 @@ class OverDraws(Record):
 class Difference(Record):
     """SAEs with the distilled core minus the baseline, paired by training seed, at measured L0."""
 
+    core: str | None = None  # the kind of core, by its name in dmsae_lib/report/series.py; None: the main one
     metric: str
     label: str
     better: Literal[-1, 0, 1]  # 1: higher is better, -1: lower, 0: neither
@@ -246,6 +248,7 @@ class Difference(Record):
     value: float
     interval: Interval
     n: Size
+    varied: str = SEED  # what differs between the n values
     sign: Literal["+", "-", "?"]  # of the interval; ?: it contains 0, or there is none
     evaluation: OverDraws | None  # at equal k over evaluation seeds, for the first training seed
 

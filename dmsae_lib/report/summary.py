@@ -21,7 +21,7 @@ from dmsae_lib.report.regime import compared_gates, gates
 from dmsae_lib.report.results import validate
 from dmsae_lib.report.reviewers import answers
 from dmsae_lib.report.series import replicates
-from dmsae_lib.report.stages import SAE, Stages
+from dmsae_lib.report.stages import Stages
 from dmsae_lib.saebench import EVALS, REPRODUCED
 from dmsae_lib.store.artifacts import write
 
@@ -59,7 +59,7 @@ def cycle_rows(stages: Stages, chain: str = "main") -> list[Row]:
     return rows
 
 
-def retrain_rows(stages: Stages, of_sae: dict[SAE, Row]) -> list[Row]:
+def retrain_rows(stages: Stages, of_sae: dict[tuple, Row]) -> list[Row]:
     """The retrained SAEs of every chain, with two correlations of the core latents' firing frequencies.
 
     ``before``: with their own in the cycle that they come from (None for rows that are no latents).
@@ -75,7 +75,7 @@ def retrain_rows(stages: Stages, of_sae: dict[SAE, Row]) -> list[Row]:
             values = frequencies[chain, *sae] = (metrics["core_frequency"] or {}).get("values")
             found = {"chain": chain, "L0": _l0(metrics)} | dict(zip(("k", "arm", "seed"), sae))
             found |= {key: metrics[key]["full"] for key in ("fvu", "loss_increase", "loss_recovered")}
-            found["saebench"] = of_sae.get(sae) if chain == "main" else None
+            found["saebench"] = of_sae.get((*sae, chain))
             found["frequency_correlation"] = {"before": _correlation(values, before[sae])}
             rows.append(shape.row(shape.Retrained, found, metrics))
     next_k = dict(zip(ks, [*ks[1:], *ks[-2:-1]]))  # none where there is one k
@@ -189,28 +189,28 @@ def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
     sizes |= {"tokens_per_cycle": config.data.train_tokens, "batch_size": config.training.batch_size}
     sizes |= {name: getattr(config.distill, name) for name in ("coverage", "aggregator")}
     asked = EVALS if asked is None else [*REPRODUCED, *asked]
-    summary = readable(
-        {
-            "schema_version": shape.SCHEMA_VERSION,
-            "config": config.name,
-            "inputs": inputs,
-            "sizes": sizes | config.training.core_settings(),
-            "language_model": _bare_model(harvest, outliers),
-            "cycles": cycle_rows(stages),
-            "chains": chains,
-            "final_core": final,
-            "retrain": retrained,
-            "imported": [
-                imported_row(sae[1], artifact.json("metrics.json"), of_sae.get(sae))
-                for sae, artifact in stages.imported().items()
-            ],
-            "identity": list(identity),
-            "evals": scores.eval_rows(stages.scores, asked, outliers["test"]),
-            "differences": scores.differences(retrained, stages.scores, outliers["test"]),
-            "heatmap": heatmap(stages),
-            "probing_baselines": stages.probing(),
-        }
-    )
+    summary: Row = {
+        "schema_version": shape.SCHEMA_VERSION,
+        "config": config.name,
+        "inputs": inputs,
+        "sizes": sizes | config.training.core_settings(),
+        "language_model": _bare_model(harvest, outliers),
+        "cycles": cycle_rows(stages),
+        "chains": chains,
+        "final_core": final,
+        "retrain": retrained,
+        "imported": [
+            imported_row(sae[1], artifact.json("metrics.json"), of_sae.get((*sae, "main")))
+            for sae, artifact in stages.imported().items()
+        ],
+        "identity": list(identity),
+        "evals": scores.eval_rows(stages.scores, asked, outliers["test"]),
+        "differences": [],  # of what is here
+        "heatmap": heatmap(stages),
+        "probing_baselines": stages.probing(),
+    }
+    summary["differences"] = scores.differences(summary, stages.scores)
+    summary = readable(summary)
     summary["tolerances"] = readable(tolerances(summary))
     summary["regime"] = readable(regime(stages, summary))
     summary["claims"] = readable(judge(summary))

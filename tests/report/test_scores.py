@@ -5,9 +5,14 @@ import csv
 import pytest
 from builders import factory
 
+from dmsae_lib.config import RunConfig
+from dmsae_lib.figures import FIGURES
 from dmsae_lib.report import scores
 from dmsae_lib.report.agreement import compare
-from dmsae_lib.report.results import validate
+from dmsae_lib.report.equal_l0 import CHAIN, SEED
+from dmsae_lib.report.page import results_page
+from dmsae_lib.report.results import Results, validate
+from dmsae_lib.report.series import lenders
 from dmsae_lib.report.stages import Stages
 from dmsae_lib.report.summary import summarise, write_summary
 from dmsae_lib.report.verdicts import FAILS
@@ -49,20 +54,112 @@ def test_differences_are_paired_by_training_seed_and_draws_are_told_apart(run):
     validate(summary)
 
 
-def test_differences_are_those_of_the_main_chain(run):
-    """A further chain's SAEs, however much worse, are in no difference; losses are better when they are
-    lower."""
+def test_a_chain_that_was_not_scored_is_in_no_difference(run):
+    """However much worse it is; and losses are better when they are lower."""
     summary = summarise(run)
-    other = [
-        row | {"chain": "b", "loss_increase": row["loss_increase"] + (row["arm"] == "distilled")}
-        for row in summary["retrain"]
-    ]
     rows = summary["retrain"]
-    assert scores.differences(rows + other, {}, 0.0) == scores.differences(rows, {}, 0.0)
+    other = [
+        row | {"chain": "b", "loss_increase": row["loss_increase"] + 1, "saebench": None}
+        for row in rows
+        if row["arm"] == "distilled"
+    ]
+    for sparsity in ("relu", "batchtopk"):
+        settings = {name: summary["sizes"][name] for name in ("core_bias_init", "core_decoder_init")}
+        chain = {"seed": 1, "cycles": summary["cycles"], "core_sparsity": sparsity} | settings
+        more = summary | {"retrain": rows + other, "chains": {"b": chain}}
+        assert scores.differences(more, {}) == scores.differences(summary, {})
     loss = [row for row in summary["differences"] if row["metric"] == "loss_increase"]
     found = [(row["k"], row["n"], row["better"], row["sign"]) for row in loss]
     assert found == [(64, 3, -1, "+"), (96, 3, -1, "+")]
     assert all(row["value"] == pytest.approx(factory.EFFECT["distilled"], rel=1e-4) for row in loss)
+
+
+ABOVE = {"relu0": 0.05, "relu1": 0.07, "relu2": 0.09}  # probing accuracy of each chain over its baseline
+CHAINS = [{"name": "seed1", "seed": 1, "seeds": [0], "retrain": ["none", "distilled"]}] + [
+    {"name": name, "seed": seed, "core_sparsity": "relu", "seeds": [0], "retrain": ["distilled"]}
+    | {"core_decoder_init": "random"}
+    for seed, name in enumerate(ABOVE)
+]
+
+
+def scored_chains(tmp_path, *chains, main: float = 0.02):
+    """The summary of a run in which the chains beside the main one, of equal-L0 cores, are scored in a single
+    metric, absorption: the main chain's distilled SAEs ``main`` above their baseline of .3, those of ABOVE by
+    as much above the baseline of their own seed, .3 or, in chain seed1, .4; further draws count .01 each."""
+    resolved = factory.config(cycles=2, ks=(64, 96), controls={}).model_dump(mode="json")
+    resolved["training"] |= {"core_sparsity": "batchtopk", "core_decoder_init": "encoder"}
+    resolved["distill"]["chains"] = CHAINS
+    resolved["saebench"]["chains"] = ["main", *chains]
+    run = factory.build_run(tmp_path, RunConfig.model_validate(resolved))
+    levels = {"main": (0.3, 0.3 + main), "seed1": (0.4, 0.4 + main)}
+    levels |= {"relu0": (None, 0.35), "relu1": (None, 0.47), "relu2": (None, 0.39)}
+    for chain in ("main", *chains):
+        for seed in (0, 1, 2) if chain == "main" else (0,):
+            for draw in (0, 1) if seed == 0 else (0,):
+                for arm, level in zip(("none", "distilled"), levels[chain]):
+                    if level is not None:
+                        value = level + (0.01 * draw if arm == "distilled" else 0)
+                        task = Task(64, arm, seed, "absorption", draw, chain)
+                        factory.write_scores(run, task, {"metrics": {FULL.partition(".")[2]: value}})
+    return run, summarise(run)
+
+
+def of_metric(summary, metric=FULL, k=64):
+    return {row["core"]: row for row in summary["differences"] if (row["metric"], row["k"]) == (metric, k)}
+
+
+def test_another_kind_of_core_is_compared_apart_with_the_baseline_of_its_own_seed(tmp_path):
+    """The third chain's seed is no other's, so it has no baseline."""
+    run, summary = scored_chains(tmp_path, "seed1", *ABOVE)
+    assert lenders(summary) == {"main": "main", "seed1": "seed1", "relu0": "main", "relu1": "seed1"}
+    found = of_metric(summary)
+    assert list(found) == [None, "ReLU"] and {row["varied"] for row in found.values()} == {CHAIN}
+    main, relu = found.values()
+    assert (main["n"], main["value"]) == (2, pytest.approx(0.02))
+    assert (relu["n"], relu["value"]) == (2, pytest.approx(0.06))  # of .05 and .07
+    half = 12.706204736 * 0.01
+    assert relu["interval"] == pytest.approx([0.06 - half, 0.06 + half], abs=1e-6)
+    # of the first chain, relu0: .05 and .06
+    assert (relu["evaluation"]["n"], relu["evaluation"]["value"]) == (2, pytest.approx(0.055))
+    rows = {(r["chain"], r["arm"], r["seed"]): r["saebench"] for r in summary["retrain"] if r["k"] == 64}
+    assert rows["relu1", "distilled", 0][FULL] == pytest.approx(0.47)
+    assert rows["seed1", "none", 0][FULL] == pytest.approx(0.4)
+    with open(write_summary(run) / "saebench_scores.csv", newline="") as handle:
+        table = [r for r in csv.DictReader(handle) if r["chain"] == "relu2" and r["name"] == "absorption"]
+    assert {float(row["value"]) for row in table} == {0.39, 0.4}
+
+
+def test_a_baseline_that_was_not_scored_is_compared_in_loss_alone(tmp_path):
+    """Chain seed1, which relu1 is compared with, is there without scores."""
+    _, summary = scored_chains(tmp_path, *ABOVE)
+    relu, loss = of_metric(summary)["ReLU"], of_metric(summary, "loss_increase")["ReLU"]
+    assert (relu["n"], relu["value"], relu["varied"]) == (1, pytest.approx(0.05), SEED)
+    assert (loss["n"], loss["varied"]) == (2, CHAIN)
+
+
+def test_claims_count_scored_replicates_and_no_other_kind_of_core(tmp_path):
+    (_, plain), (_, relu), (_, both) = (
+        scored_chains(tmp_path / str(n), *chains) for n, chains in enumerate(((), ABOVE, ("seed1", *ABOVE)))
+    )
+    assert plain["claims"]["C3"] == relu["claims"]["C3"] and plain["claims"]["C3"]["varied"] == SEED
+    assert of_metric(plain) == {None: of_metric(relu)[None]} and of_metric(plain)[None]["n"] == 3
+    assert of_metric(plain)[None]["varied"] == SEED
+    (part,) = [p for p in both["claims"]["C3"]["parts"] if p["part"] == "full absorption"]
+    assert (part["n"], part["value"]) == (2, pytest.approx(0.02)) and both["claims"]["C3"]["varied"] == CHAIN
+
+
+def test_a_page_and_a_figure_show_each_kind_of_core_beside_the_main_one(tmp_path):
+    run, summary = scored_chains(tmp_path, "relu0")
+    page = results_page("x", summary, {"hardware": {"cores": 2, "cpu": "toy"}, "seconds": {"train": 60.0}})
+    main, relu = page.split("## Differences to the baseline")[1].split("## Time")[0].split("ReLU core:")
+    assert "equal-L0 core:" in main and "| full absorption (lower) | 64 | +0.020" in main
+    assert "| full absorption (lower) | 64 | +0.050 | 1 | ? |" in relu
+    figure = FIGURES["12_saebench_differences"](Results(write_summary(run)))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["equal-L0 core", "ReLU core"]
+    for axes, core in zip(figure.axes, (None, "ReLU")):
+        shown = {round(line.get_xdata()[0], 6) for line in axes.lines if len(line.get_xdata()) == 1}
+        assert shown == {round(row["value"], 6) for row in summary["differences"] if row["core"] == core}
+    assert "equal-L0 and ReLU cores minus" in figure.get_label()
 
 
 def test_every_score_is_in_the_table_with_its_seeds_and_a_missing_one_with_its_reason(run):
@@ -119,9 +216,8 @@ def test_the_core_eval_is_doubted_where_there_are_outliers():
 def test_differences_in_core_are_doubted_where_there_are_outliers(run):
     summary, found = summarise(run), Stages(run).scores
     for outliers in (0.0, 0.01):
-        marked = {
-            row["metric"] for row in scores.differences(summary["retrain"], found, outliers) if row["doubted"]
-        }
+        summary["language_model"]["outliers"]["test"] = outliers
+        marked = {row["metric"] for row in scores.differences(summary, found) if row["doubted"]}
         assert marked == ({"ce_loss_score", "explained_variance_legacy"} if outliers else set())
 
 
