@@ -103,10 +103,10 @@ class RunConfig(Section):
         for setting, asked, trained in settings:
             # some are left out without a word: a default, or another setting, may ask for more than there is
             if asked and not set(asked).intersection(trained):
-                has = ", ".join(map(str, trained)) or "none"
+                has = ", ".join(map(str, trained)) or "none at all"
                 raise ValueError(
                     f"{setting} is {asked}, but no SAE of saebench.chains = {bench.chains} has one of these: "
-                    f"there is {has}"
+                    f"they have {has}"
                 )
         return self
 

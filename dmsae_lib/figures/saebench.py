@@ -73,9 +73,10 @@ def differences(results: Results) -> Figure:
     rows, by_core = results.summary["differences"], series.differences(results.summary)
     ks, labels = sorted({row["k"] for row in rows}), list(dict.fromkeys(map(_lane_label, rows)))
     colours = {k: style.cycle_colour(at, len(ks) - 1) for at, k in enumerate(ks)}
+    name = "DMSAE minus Matryoshka baseline at measured L0 (fractions of 1; loss increase: nats)"
     point: dict[str, Any] = {"marker": "o", "markersize": 3.6}
     figure = style.new_figure(DOUBLE, 0.9 + len(labels) * (0.16 + 0.07 * len(ks)))
-    panels = figure.subplots(1, len(by_core), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(by_core), sharex=True, sharey=True, squeeze=False)[0]
     for axes, core in zip(panels, by_core):
         axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.set_title(f"{core} core" if len(by_core) > 1 else "", fontsize=SMALL)
@@ -87,15 +88,18 @@ def differences(results: Results) -> Figure:
         if row["interval"]:
             axes.plot(row["interval"], [y, y], color=colour, linewidth=1.1, zorder=3)
         axes.plot([row["value"]], [y], zorder=4, **point, **style.face(colour, row["sign"] == "?"))
+    for axes in panels:
+        style.lanes(axes, labels, fontsize=SMALL)
+        axes.set_xlabel(name)
+        if len(by_core) > 1:  # half as wide
+            axes.set_xlabel(name.replace(" (", "\n("))
+            axes.locator_params(axis="x", nbins=5)
     axes = panels[0]
     for k in ks:
         axes.plot([], [], color=colours[k], label=f"k = {k}", **point)
     if again := any(row["evaluation"] for row in rows):
         axes.plot([], [], label="evaluation seeds", **AGAIN)
-    style.lanes(axes, labels, fontsize=SMALL)
     axes.set_ylabel("metric")
-    name = "DMSAE minus Matryoshka baseline at measured L0 (fractions of 1; loss increase: nats)"
-    (axes.set_xlabel if len(by_core) == 1 else figure.supxlabel)(name)
     style.legend(figure, [axes], ncols=min(len(ks) + 1, 7))
     whose = "the main chain's core" if len(by_core) == 1 else f"{' and '.join(by_core)} cores"
     caption = (

@@ -205,7 +205,7 @@ def _summarise(stages: Stages, identity: Iterable[Row]) -> Row:
         ],
         "identity": list(identity),
         "evals": scores.eval_rows(stages.scores, asked, outliers["test"]),
-        "differences": [],  # of what is here
+        "differences": [],  # below, from what is here
         "heatmap": heatmap(stages),
         "probing_baselines": stages.probing(),
     }

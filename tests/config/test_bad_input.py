@@ -78,23 +78,23 @@ CONFIG = {
     ),
     "scores of arms that are not trained": (
         ["saebench.arms=[none, pca]", "saebench.chains=[equal-l0]"],
-        ["saebench.arms is ['none', 'pca']", "chains = ['equal-l0'] has", "there is distilled"],
+        ["saebench.arms is ['none', 'pca']", "chains = ['equal-l0'] has", "they have distilled"],
     ),
     "a suite of an arm that is not trained": (
         ["saebench.suite.arms=[pca]", "retrain.controls={}"],
-        ["saebench.suite.arms is ['pca']", "chains = ['main'] has", "there is none, distilled"],
+        ["saebench.suite.arms is ['pca']", "chains = ['main'] has", "they have none, distilled"],
     ),
     "a suite at a k that is not trained": (
         ["saebench.suite.ks=[16]"],
-        ["saebench.suite.ks is [16]", "there is 32"],
+        ["saebench.suite.ks is [16]", "they have 32"],
     ),
     "a suite of seeds that no SAE has": (
         ["saebench.suite.seeds=[7, 8]"],
-        ["saebench.suite.seeds is [7, 8]", "there is 0"],
+        ["saebench.suite.seeds is [7, 8]", "they have 0"],
     ),
     "a suite of further seeds elsewhere than at their k": (
         ["retrain.ks=[16, 32]", "retrain.more_seeds=[7]", "saebench.suite={ks: [16], seeds: [7]}"],
-        ["saebench.suite.seeds is [7]", "there is 0"],
+        ["saebench.suite.seeds is [7]", "they have 0"],
     ),
     "no seeds": (["retrain.seeds=[]"], ["retrain.seeds is []", "one entry at least"]),
     "too little text for fresh tokens": (
