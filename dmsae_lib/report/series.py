@@ -95,11 +95,14 @@ def lenders(summary: Row) -> dict[str, str]:
     trained = dict.fromkeys(row["chain"] for row in summary["retrain"] if row["arm"] == "none")
     seeds = {"main": summary["inputs"]["seed"]}
     seeds |= {name: chain["seed"] for name, chain in summary["chains"].items()}
-    found = {}
-    for name, seed in seeds.items():
-        alike = [name] if name in trained else [lender for lender in trained if seeds[lender] == seed]
-        found |= {name: lender for lender in alike[:1]}
-    return found
+    first: dict[int, str] = {}
+    for chain in trained:
+        first.setdefault(seeds[chain], chain)
+    return {
+        name: name if name in trained else first[seed]
+        for name, seed in seeds.items()
+        if name in trained or seed in first
+    }
 
 
 def baselines(summary: Row) -> list[Row]:
