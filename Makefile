@@ -42,7 +42,7 @@ UNREADY = $(if $(DRY),echo "the stages are listed once 'make setup' has run"; ex
 READY = $(if $(ENVIRONMENT),[ -e $(ENVIRONMENT) ] &&) command -v $(PY) > /dev/null || { $(UNREADY); }
 
 .DEFAULT_GOAL = help
-.PHONY: help setup reproduce stages model saebench smoke test test-slow lint base-model status compare publish core push-core figures sizing bench bench-environment mend clean lock
+.PHONY: help setup reproduce stages model saebench smoke test test-slow lint base-model status compare publish core push-core figures sizing start-here bench bench-environment mend clean lock
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -98,6 +98,11 @@ sizing: $(ENVIRONMENT) ## predict CONFIG's times, memory and disk beside what wa
 	@cp runs/sizing/sizing.ipynb results/$(call quoted,CONFIG)/notebooks/sizing.ipynb
 	@$(PY) -m dmsae_lib.command.manage figures $(WHICH)
 
+start-here: $(ENVIRONMENT) ## run the teaching notebook (a minute), and put the executed copy into results/start_here
+	@$(PY) -m dmsae_lib.command.run_notebook notebooks/start_here.ipynb runs/start_here/start_here.ipynb $(NBFLAGS)
+	@mkdir -p results/start_here
+	@sed 's|](\.\./|](../../|g; s|](\([0-9a-z_]*\.ipynb\))|](../../notebooks/\1)|g' runs/start_here/start_here.ipynb > results/start_here/start_here.ipynb # a folder deeper
+
 base-model: $(ENVIRONMENT) ## train the embedded language model again, in runs/base_model (an hour on two cores)
 	@$(PY) -m dmsae_lib.command.run_notebook notebooks/00_base_model.ipynb runs/base_model/notebooks/00_base_model.ipynb \
 	  -p run base_model -p tokens 30000000 -p documents 0 -p vocab_size 4096 -p batch_rows 32 $(NBFLAGS)
@@ -120,7 +125,7 @@ clean: ## remove what was computed for CONFIG (or RUN), naming it first; never r
 
 NBVAL = --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 # Notebooks that leave the smoke run alone; all others follow each other.
-APART = notebooks/00_base_model.ipynb notebooks/08_sizing.ipynb
+APART = notebooks/start_here.ipynb notebooks/00_base_model.ipynb notebooks/08_sizing.ipynb
 test: $(ENVIRONMENT) .venv-bench/.complete lint ## lint, unit tests, and every notebook at toy size
 	@$(MAKE) --no-print-directory clean CONFIG=smoke > /dev/null # a change of the library makes no stage stale
 	@HF_HUB_OFFLINE=1 $(MAKE) -j2 --no-print-directory stages CONFIG=smoke

@@ -1,6 +1,7 @@
 """The notebooks: clean sources, and what the smoke run (`make test` makes it first) leaves behind."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -37,6 +38,7 @@ DOCUMENTED = {
 
 def test_the_notebooks_are_numbered_in_the_order_of_the_paper():
     names = [path.stem for path in SOURCES]
+    assert all(name[:2].isdecimal() for name in names if name != "start_here")
     assert names[:8] == [
         "00_base_model",
         "01_harvest",
@@ -57,9 +59,8 @@ def test_a_source_holds_no_outputs_and_one_cell_of_literal_parameters(path):
     assert parameters and (path.stem == "00_base_model" or set(parameters) <= DOCUMENTED)
     if "run" in parameters and "config" in parameters:  # notebook 08 reads what is published
         assert (parameters["config"], parameters["run"], parameters["overrides"]) == ("smoke", "", [])
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith(
-        f"# {path.stem[:2]} · "
-    )
+    title = "# Start here · " if path.stem == "start_here" else f"# {path.stem[:2]} · "
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith(title)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None and cell.source.strip()
@@ -111,6 +112,24 @@ def test_a_notebook_that_plots_takes_the_house_style_first(path):
     plotting = [n for n, source in enumerate(cells) if "plt.subplots" in source]
     styled = [n for n, source in enumerate(cells) if "house_style()" in source.splitlines()]
     assert not plotting or styled == [1] and plotting[0] > 1
+
+
+def test_what_the_readme_links_first_is_the_teaching_notebook_as_it_is():
+    """`make start-here` makes the copy: the source's code, executed without an error, and links that lead
+    somewhere from the copy's folder."""
+    source, copy = (
+        ROOT / folder / "start_here.ipynb" for folder in ("notebooks", Path("results") / "start_here")
+    )
+    cells, executed = (nbformat.read(path, as_version=4).cells for path in (source, copy))
+    assert [cell.source for cell in cells if cell.cell_type == "code"] == [
+        cell.source for cell in executed if cell.cell_type == "code"
+    ]
+    assert all(cell.execution_count for cell in executed if cell.cell_type == "code")
+    assert copy.stat().st_size < 700_000
+    for path, found in ((source, cells), (copy, executed)):
+        text = "\n".join(cell.source for cell in found if cell.cell_type == "markdown")
+        targets = re.findall(r"\]\(([^)\s#]+)", text)
+        assert targets and all((path.parent / target).exists() for target in targets), path
 
 
 def test_every_stage_has_its_notebook_and_that_notebook_its_parameters():
