@@ -70,8 +70,9 @@ class Trainer:
             raise UserError(f"Activations have the shape {shape}: give batches (batch_size, {sae.d_in}).")
         rate = self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.steps, cfg)
         dead, threshold = self._dead(), self.last_threshold
+        bf16 = cfg.autocast is True  # fit has said what auto comes to
         stats = step_gradients(
-            sae, x, cfg.k, cfg.k_min, cfg.aux_alpha, self.k_aux, dead, threshold, cfg.autocast, self.waits
+            sae, x, cfg.k, cfg.k_min, cfg.aux_alpha, self.k_aux, dead, threshold, bf16, self.waits
         )
         bad = torch.stack([~torch.isfinite(stats.loss), ~torch.isfinite(x).all()])
         self.bad_step = torch.where(bad, self.bad_step.clamp(max=self.step), self.bad_step)
