@@ -74,6 +74,15 @@ Reading = Literal["all_of_last", "last_two", "every_since_first", "alive_since_0
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Settings that came after runs were published: at their default they are not written, so that no run from
+    # before is stale or has another hash.
+    LATER: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        usual = {name for name in self.LATER if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in written(self).items() if name not in usual}
 
 
 class ModelConfig(Section):
@@ -163,6 +172,7 @@ class Chain(Section):
     core_sparsity: CoreSparsity | None = None  # None: as in training, like the two that follow
     core_bias_init: CoreBias | None = None
     core_decoder_init: CoreDecoder | None = None
+    LATER: ClassVar = frozenset({"seeds"})
     retrain: EachOnce[Arm] = []  # trained with this chain's own core at every k of retrain.ks
     seeds: OneAtLeast[int] | None = None  # of these; None: retrain.seeds
 
@@ -191,6 +201,7 @@ class DistillConfig(Section):
 
 
 class RetrainConfig(Section):
+    LATER: ClassVar = frozenset({"more_seeds"})
     ks: OneAtLeast[Positive]
     seeds: OneAtLeast[int] = [0, 1, 2]
     arms: OneAtLeast[Arm] = ["none", "distilled"]  # trained at every k with every seed
@@ -247,6 +258,7 @@ class SuiteConfig(Section):
 
 
 class SaebenchConfig(Section):
+    LATER: ClassVar = frozenset({"chains"})
     # whose SAEs are scored, here and in the suite; the settings that follow select among them
     chains: OneAtLeast[Name] = ["main"]
     arms: EachOnce[Arm] = ["none", "distilled"]  # those scored, seven seconds each on two cores
@@ -261,8 +273,3 @@ class SaebenchConfig(Section):
     def decisive(self) -> dict[str, Any]:
         """What the core and probing scores of one SAE depend on."""
         return self.model_dump(exclude={"chains", "arms", "suite"})
-
-    @model_serializer(mode="wrap")
-    def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # the main chain alone goes without saying, so that no run from before there were others is stale
-        return {name: value for name, value in written(self).items() if (name, value) != ("chains", ["main"])}
