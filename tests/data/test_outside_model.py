@@ -104,6 +104,7 @@ def test_gemma_by_the_settings_of_the_paper(one_thread, tmp_path):
         distill.cycles=1
         retrain.ks=[16]
         retrain.controls_at=[16]
+        saebench.suite.ks=[16]
     """
     run = open_tiny(tmp_path, "paper", *overrides.strip().split("\n        "), config="gemma-2-2b")
     for stage in ("harvest", "cycle_0_train", "cycle_0_attribute", "cycle_0_distill", "cycle_1_train"):
