@@ -84,9 +84,9 @@ def _retrain_stage(config: RunConfig, chain: str, parents: tuple[str, ...]) -> S
     settings["saes"] = [f"k{k}/{arm}-seed{seed}" for k, arm, seed in saes]
     if chain == "main" and (imported := config.retrain.imported):
         settings["imported"] = {name: [where, _fingerprint(where)] for name, where in imported.items()}
-    of_chain, given = ("", {}) if chain == "main" else (f"chain_{chain}", {"chain": chain})
-    name, place = "_".join(filter(None, [of_chain, "retrain"])), Path(of_chain, "retrain/index").as_posix()
-    return Stage(name, "05_retrain_across_k", place, parents, given, settings)
+    run, given = Run(config, config.name, Path()), {} if chain == "main" else {"chain": chain}
+    place = (run.base(chain) / "retrain" / "index").relative_to(run.folder).as_posix()
+    return Stage(run.retrain_stage(chain), "05_retrain_across_k", place, parents, given, settings)
 
 
 def stages(config: RunConfig) -> list[Stage]:
@@ -94,7 +94,6 @@ def stages(config: RunConfig) -> list[Stage]:
     files = {"model_files": _fingerprint(config.model.name), "data_files": _fingerprint(config.data.source)}
     harvest = _slice(config, *COMPUTING, "model", "data", **files)
     found = [Stage("harvest", "01_harvest", "harvest", (), {}, harvest)]
-    run = Run(config, config.name, Path())
     chains = {name: _chain_stages(config, name) for name in config.chains}
     for chain in chains.values():
         found += chain
@@ -104,16 +103,18 @@ def stages(config: RunConfig) -> list[Stage]:
         settings = _slice(config, *COMPUTING, "sae", "training", factors=factors, seeds=seeds)
         place, parents = "learning_rate/record", ("harvest", *cores)
         found.append(Stage("learning_rate", "09_learning_rate", place, parents, {}, settings))
+    retrained = {}
     for name in config.retrained_chains:
         shared = chains[config.trains(name, 0)][:3] if config.trains(name, 0) != name else []
         # random cores are drawn from all cycles
         cycles = ("harvest", *(stage.artefact for stage in [*shared, *chains[name]]))
-        found.append(_retrain_stage(config, name, cycles))
+        retrained[name] = _retrain_stage(config, name, cycles)
+    found += retrained.values()
     bench = _slice(config, *COMPUTING, "saebench")
     suite = bench | {"suite": bench["saebench"].pop("suite")}
     # the main chain's in any case: SAEs that were trained elsewhere are adopted there
-    places = {name: run.base(name).relative_to(run.folder) for name in ("main", *config.saebench.chains)}
-    parents = ("harvest", *((place / "retrain" / "index").as_posix() for place in places.values()))
+    scored = dict.fromkeys(("main", *config.saebench.chains))
+    parents = ("harvest", *(retrained[name].artefact for name in scored))
     index, suite_index = "saebench/index", "saebench/suite_index"
     found.append(Stage("saebench", "06_saebench", index, parents, {}, bench))
     asked = {"suite": True}

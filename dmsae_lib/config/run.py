@@ -25,8 +25,15 @@ class Run:
 
     def stage(self, cycle: int, step: str, chain: str = "main") -> str:
         """The name of the stage that trains, attributes or distills (``step``) a cycle, where that lies."""
-        owner = self.config.trains(chain, cycle)
-        return f"{'' if owner == 'main' else f'chain_{owner}_'}cycle_{cycle}_{step}"
+        return self._of(self.config.trains(chain, cycle), f"cycle_{cycle}_{step}")
+
+    def retrain_stage(self, chain: str = "main") -> str:
+        """The name of the stage that trains SAEs with a chain's cores."""
+        return self._of(chain, "retrain")
+
+    @staticmethod
+    def _of(chain: str, stage: str) -> str:
+        return stage if chain == "main" else f"chain_{chain}_{stage}"
 
     def load(self, cycle: int, part: str, chain: str = "main") -> Artifact:
         """The artefact in :meth:`cycle`, verified; the error for a missing one names the stage to make."""

@@ -167,12 +167,12 @@ class TrainingConfig(CoreSettings):
 class Chain(Section):
     """A distillation chain beside the main one, of another seed or other core settings than ``training``."""
 
+    LATER: ClassVar = frozenset({"seeds"})
     name: Name
     seed: int = Field(0, ge=0)
     core_sparsity: CoreSparsity | None = None  # None: as in training, like the two that follow
     core_bias_init: CoreBias | None = None
     core_decoder_init: CoreDecoder | None = None
-    LATER: ClassVar = frozenset({"seeds"})
     retrain: EachOnce[Arm] = []  # trained with this chain's own core at every k of retrain.ks
     seeds: OneAtLeast[int] | None = None  # of these; None: retrain.seeds
 

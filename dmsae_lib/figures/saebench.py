@@ -76,10 +76,11 @@ def differences(results: Results) -> Figure:
     name = "DMSAE minus Matryoshka baseline at measured L0 (fractions of 1; loss increase: nats)"
     point: dict[str, Any] = {"marker": "o", "markersize": 3.6}
     figure = style.new_figure(DOUBLE, 0.9 + len(labels) * (0.16 + 0.07 * len(ks)))
+    narrow = len(by_core) > 1
     panels = figure.subplots(1, len(by_core), sharex=True, sharey=True, squeeze=False)[0]
     for axes, core in zip(panels, by_core):
         axes.axvline(0, color=MUTED, linewidth=0.8)
-        axes.set_title(f"{core} core" if len(by_core) > 1 else "", fontsize=SMALL)
+        axes.set_title(f"{core} core" if narrow else "", fontsize=SMALL)
     for axes, row in [(axes, row) for axes, mine in zip(panels, by_core.values()) for row in mine]:
         y = labels.index(_lane_label(row)) + 0.7 * ((ks.index(row["k"]) + 0.5) / len(ks) - 0.5)
         colour = colours[row["k"]]
@@ -90,9 +91,8 @@ def differences(results: Results) -> Figure:
         axes.plot([row["value"]], [y], zorder=4, **point, **style.face(colour, row["sign"] == "?"))
     for axes in panels:
         style.lanes(axes, labels, fontsize=SMALL)
-        axes.set_xlabel(name)
-        if len(by_core) > 1:  # half as wide
-            axes.set_xlabel(name.replace(" (", "\n("))
+        axes.set_xlabel(name.replace(" (", "\n(") if narrow else name)
+        if narrow:
             axes.locator_params(axis="x", nbins=5)
     axes = panels[0]
     for k in ks:

@@ -74,14 +74,7 @@ def cell(text: str) -> str:
 def rendered(template: str, **values: Any) -> str:
     layout = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, **layout)
-    filters = {
-        "average": average,
-        "mean": mean,
-        "signed": signed,
-        "cell": cell,
-        "kind_name": kind_name,
-        "varied": varied,
-    }
+    filters = {one.__name__: one for one in (average, mean, signed, cell, kind_name, varied)}
     environment.filters |= filters | {"n": lambda rows: len(units(rows, lambda row: row["fvu"])[0])}
     return environment.get_template(template).render(values)
 
@@ -99,10 +92,8 @@ def _controls(summary: Row) -> list[tuple[str, list[Row], str]]:
     k, rows, found = summary["sizes"]["k"], kinds(summary)[0].rows, []
     for arm in ARMS:
         mine = [row for row in rows if (row["arm"], row["k"]) == (arm, k)]
-        gains = per_unit(advantage(rows, arm, k, "loss_increase"))[0] if arm != "none" else []
         if mine:
-            gain = signed(fmean(gains), t_interval(gains), 4) if gains else "-"
-            found.append((label(arm, summary), mine, gain))
+            found.append((label(arm, summary), mine, _gain(mine, rows)))
     return found
 
 
@@ -114,12 +105,10 @@ def _by_k(summary: Row, arms: Iterable[str] = ARMS, metric: str = "") -> list[tu
 
 def _gain(rows: list[Row], without: list[Row]) -> str:
     """Loss increase of an arm's ``rows`` minus the baselines' at measured L0."""
-    of = (
-        ()
-        if rows[0]["arm"] == "none"
-        else units(rows, lambda row: over_baseline(row, without, "loss_increase"))[0]
-    )
-    return signed(fmean(of), t_interval(of), 4) if of else "-"
+    if rows[0]["arm"] == "none":
+        return "-"
+    gains = units(rows, lambda row: over_baseline(row, without, "loss_increase"))[0]
+    return signed(fmean(gains), t_interval(gains), 4) if gains else "-"
 
 
 def results_page(
@@ -137,6 +126,7 @@ def results_page(
     """
     k, scored = summary["sizes"]["k"], [row["saebench"] or {} for row in summary["retrain"]]
     gains = advantage(kinds(summary)[0].rows, "distilled", k, "loss_increase")
+    without = baselines(summary)
     return rendered(
         "results.md.j2",
         name=name,
@@ -153,7 +143,7 @@ def results_page(
         varied=PLURAL[per_unit(gains)[1]],
         controls=_controls(summary),
         by_k=[
-            (*group, _gain(group[-1], baselines(summary)))
+            (*group, _gain(group[-1], without))
             for group in sorted(_by_k(summary, ["none", "distilled"]), key=lambda group: group[0])
         ],
         by_core=differences(summary),

@@ -109,12 +109,12 @@ def differences(summary: Row, results: Results) -> list[Row]:
     ``sign`` is "+" or "-" where the interval over training seeds excludes 0, else "?"; ``evaluation`` =
     {value, interval, n} over evaluation seeds, or None below two of them.
     """
-    found, base = [], lenders(summary)
+    found, base, without = [], lenders(summary), baselines(summary)
     outliers = summary["language_model"]["outliers"]["test"]
     for n, kind in enumerate(kinds(summary)):
         distilled = [row for row in of_scored_chains(kind.rows) if row["arm"] == "distilled"]
-        chains = dict.fromkeys(row["chain"] for row in distilled)
-        rows = distilled + baselines(summary)
+        first = next((row["chain"] for row in distilled if row["chain"] in base), None)
+        rows = distilled + without
         for metric, (label, better) in HEADLINES.items():
             name = metric.partition(".")[0]
             doubted = name in EVALS and bool(EVALS[name].doubt) or metric in OF_CORE and outliers > 0
@@ -123,7 +123,6 @@ def differences(summary: Row, results: Results) -> list[Row]:
                 if gains:
                     row = {"core": kind.name if n else None, "metric": metric, "label": label}
                     row |= {"better": better, "doubted": doubted, "k": k, "varied": varied, **_mean(gains)}
-                    first = next(chain for chain in chains if chain in base)
                     evaluation = _over_draws(metric, k, results, first, base[first])
                     found.append(row | {"sign": _sign(row["interval"]), "evaluation": evaluation})
     return found
