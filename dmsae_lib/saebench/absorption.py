@@ -70,7 +70,8 @@ class Prompts:
         rows, hook = self.model.config.batch_rows, self.model.hook_name
         batches = (texts[i : i + rows] for i in range(0, len(texts), rows))
         found = (self.run_with_cache(batch, [hook])[1][hook] for batch in batches)
-        return torch.cat([resid[:, position].cpu() for resid in found])
+        # cloned: a view keeps the whole batch in memory, gigabytes over the words of a large vocabulary
+        return torch.cat([resid[:, position].clone().cpu() for resid in found])
 
 
 def spelling_words(model: LanguageModel, template: str) -> tuple[list[str], int]:
