@@ -67,7 +67,8 @@ class RunConfig(Section):
                 f"{setting} is {extra[0]}, where retrain.controls are trained: add it to {known}"
             )
         needed = self.distill.cycles + 1
-        arms = {*self.retrain.arms, *self.retrain.controls}.union(*(c.retrain for c in self.distill.chains))
+        of_chains = [arm for chain in self.distill.chains for arm in [*chain.retrain, *chain.controls]]
+        arms = {*self.retrain.arms, *self.retrain.controls, *of_chains}
         if "longer_fresh" in arms and data.fresh_factor < needed:
             needs = f"the arm longer_fresh needs distill.cycles + 1 = {needed}"
             raise ValueError(f"data.fresh_factor is {data.fresh_factor}: {needs}")
@@ -114,7 +115,8 @@ class RunConfig(Section):
     def control_ks(self) -> list[int]:
         if self.retrain.controls_at is not None:
             return self.retrain.controls_at
-        return [self.training.k] if self.retrain.controls else []
+        asked = self.retrain.controls or any(chain.controls for chain in self.distill.chains)
+        return [self.training.k] if asked else []
 
     def steps(self, factor: int = 1) -> int:
         """Optimiser steps of one SAE; ``factor`` for the longer-trained baselines."""
@@ -158,7 +160,7 @@ class RunConfig(Section):
     @property
     def retrained_chains(self) -> list[str]:
         """The chains whose cores are retrained, the main one first."""
-        return ["main", *(chain.name for chain in self.distill.chains if chain.retrain)]
+        return ["main", *(chain.name for chain in self.distill.chains if chain.retrain or chain.controls)]
 
     def seeds(self, chain: str = "main") -> list[int]:
         """Those that SAEs with a chain's cores are trained with at every k."""
@@ -168,8 +170,11 @@ class RunConfig(Section):
     def retrain_arms(self, k: int, chain: str = "main") -> list[tuple[str, int]]:
         """(arm, seed) of every SAE trained at ``k`` with the cores of a chain."""
         own, seeds = self.retrain, self.seeds(chain)
-        arms = own.arms if chain == "main" else self._chain(chain).retrain
-        draws = own.controls if chain == "main" and k in self.control_ks else {}
+        arms, draws = own.arms, own.controls
+        if chain != "main":
+            found = self._chain(chain)
+            arms, draws = found.retrain, dict.fromkeys(found.controls, len(seeds))
+        draws = draws if k in self.control_ks else {}
         more = own.more_seeds if chain == "main" and k == self.training.k else []
         return [(arm, seed) for arm in arms for seed in [*seeds, *more]] + [
             (arm, seed) for arm, n in draws.items() for seed in seeds[:n]

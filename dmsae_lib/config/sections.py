@@ -167,7 +167,7 @@ class TrainingConfig(CoreSettings):
 class Chain(Section):
     """A distillation chain beside the main one, of another seed or other core settings than ``training``."""
 
-    LATER: ClassVar = frozenset({"seeds"})
+    LATER: ClassVar = frozenset({"seeds", "controls"})
     name: Name
     seed: int = Field(0, ge=0)
     core_sparsity: CoreSparsity | None = None  # None: as in training, like the two that follow
@@ -175,6 +175,14 @@ class Chain(Section):
     core_decoder_init: CoreDecoder | None = None
     retrain: EachOnce[Arm] = []  # trained with this chain's own core at every k of retrain.ks
     seeds: OneAtLeast[int] | None = None  # of these; None: retrain.seeds
+    controls: EachOnce[Arm] = []  # further arms with its core, at retrain.controls_at alone
+
+    @field_validator("controls")
+    @classmethod
+    def _beside_the_arms(cls, controls: list[str], info: ValidationInfo) -> list[str]:
+        if again := [arm for arm in controls if arm in info.data.get("retrain", [])]:
+            raise ValueError(f"names {again[0]}: the chain's list `retrain` has it already, at every k")
+        return controls
 
 
 class DistillConfig(Section):

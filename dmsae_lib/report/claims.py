@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from dmsae_lib.config.sections import CONTROLS, NEW_ROWS, OF_LATENTS
 from dmsae_lib.report.equal_l0 import (
-    CHAIN,
     SEED,
     OfSAE,
     advantage,
@@ -23,6 +22,7 @@ from dmsae_lib.report.equal_l0 import (
     of_scored_chains,
     over_control,
     paired,
+    per_seed,
 )
 from dmsae_lib.report.evidence import CLAIMS, Evidence, Finding, claim, furthest, judged, lowest, number
 from dmsae_lib.report.verdicts import group_part, part, pseudo_values
@@ -135,29 +135,33 @@ def beats_baseline(evidence: Evidence) -> Finding:
     """Probing and a loss that is no better by more than .02 nats always are run, and decide; absorption, SCR,
     TPP and RAVEL are reported where they were. "Low" k is up to the distillation k.
 
-    Over chains where the cores of several were scored, else over the main one's training seeds. The claim's
-    value is probing top 1 at the largest low k.
+    Over the first scored chain's training seeds (over chains where it has one alone); where the SAEs of
+    several chains were scored, what these give is reported. The claim's value is probing top 1 at the largest
+    low k.
     """
     rows, k = of_scored_chains(evidence.rows), evidence.sizes["k"]
-    several = len({r["chain"] for r in rows}) > 1
-    parts, missing, ks = [], [], bound_ks(rows)
+    parts, missing, ks, units = [], [], bound_ks(rows), {}
     for one in COMPARED:
         metric = next((m for m in one.metrics if any(advantage(rows, "distilled", at, m) for at in ks)), None)
         if metric is None:
             missing.append(one.label)
         for at in [at for at in ks if at <= k or not one.low] or [None]:
             gains = advantage(rows, "distilled", at, metric) if metric else {}
-            values = by_chain(gains).values() if several else gains.values()
+            values, units[one.label, at] = per_seed(gains)
             label = one.label if values else f"{one.label} (not run)"
             if values or one.decides:
                 parts.append(part(label, values, one.bound, one.side, at, one.decides))
+            if units[one.label, at] == SEED and len(chains := by_chain(gains)) > 1:
+                parts.append(part(f"{label}, over chains", chains.values(), one.bound, one.side, at, False))
     low = max((at for at in ks if at <= k), default=None)
     headline = next((p for p in parts if (p["part"], p["k"]) == (COMPARED[0].label, low)), None)
-    shown = ", ".join(f"{p['part']} {number(p['value'])}" for p in parts if p["k"] == low and p["n"])
+    shown = ", ".join(
+        f"{p['part']} {number(p['value'])} (n = {p['n']})" for p in parts if p["k"] == low and p["n"]
+    )
     where = f"k = {low}" if low else "no low k is bound"
     detail = f"DMSAE minus baseline at measured L0, {where}: {shown or 'not measured'}"
     detail += f"; not run: {', '.join(missing)}." if missing else "."
-    return Finding(parts, headline, detail, CHAIN if several else SEED)
+    return Finding(parts, headline, detail, units.get((COMPARED[0].label, low), SEED))
 
 
 def _control_parts(rows: list[Row]) -> list[Row]:

@@ -91,6 +91,13 @@ def per_unit(found: OfSAE) -> tuple[list[float], str]:
     return (list(chains.values()), CHAIN) if len(chains) > 1 else (list(found.values()), SEED)
 
 
+def per_seed(found: OfSAE) -> tuple[list[float], str]:
+    """One value per training seed of the first chain; per chain where that chain has one seed alone."""
+    first = next((chain for chain, _ in found), None)
+    seeds, chains = [value for (chain, _), value in found.items() if chain == first], by_chain(found)
+    return (list(chains.values()), CHAIN) if len(seeds) < 2 <= len(chains) else (seeds, SEED)
+
+
 def bound_ks(rows: list[Row]) -> list[int]:
     """The k's at which at least one SAE with the distilled core could be calibrated to total L0 = k."""
     return sorted({r["k"] for r in rows if r["arm"] == "distilled" and not r["unbound"]})

@@ -3,7 +3,7 @@ baseline.
 
 Two kinds of error bars are kept apart. *Training seeds*: every SAE scored with the first evaluation seed, the
 difference to the same-seed baseline at measured L0 (:func:`dmsae_lib.report.equal_l0.advantage`), t interval
-over the seeds; where several chains of one kind of core were scored, over the chains. *Evaluation seeds*: the
+over the seeds of the first chain of a kind of core; over the chains where that one has a single seed. *Evaluation seeds*: the
 SAEs of one chain's first training seed scored again on other texts, splits and probes; the difference at
 equal k, t interval over these draws. Kinds of core are never mixed.
 """
@@ -11,7 +11,7 @@ equal k, t interval over these draws. Kinds of core are never mixed.
 from collections.abc import Iterable
 from typing import Any
 
-from dmsae_lib.report.equal_l0 import advantage, of_scored_chains, per_unit
+from dmsae_lib.report.equal_l0 import advantage, of_scored_chains, per_seed
 from dmsae_lib.report.series import baselines, kinds, lenders
 from dmsae_lib.report.verdicts import t_interval
 from dmsae_lib.saebench import EVALS, REPRODUCED, Task
@@ -119,7 +119,7 @@ def differences(summary: Row, results: Results) -> list[Row]:
             name = metric.partition(".")[0]
             doubted = name in EVALS and bool(EVALS[name].doubt) or metric in OF_CORE and outliers > 0
             for k in sorted({row["k"] for row in distilled}):
-                gains, varied = per_unit(advantage(rows, "distilled", k, metric))
+                gains, varied = per_seed(advantage(rows, "distilled", k, metric))
                 if gains:
                     row = {"core": kind.name if n else None, "metric": metric, "label": label}
                     row |= {"better": better, "doubted": doubted, "k": k, "varied": varied, **_mean(gains)}

@@ -64,6 +64,14 @@ CONFIG = {
         ["retrain.more_seeds=[7]", "retrain.ks=[16]", "retrain.controls={}"],
         ["training.k is 32", "retrain.more_seeds", "retrain.ks = [16]"],
     ),
+    "a control of a chain twice": (
+        ["distill.chains=[{name: b, seed: 1, retrain: [pca], controls: [pca]}]"],
+        ["distill.chains.0.controls names pca", "at every k"],
+    ),
+    "a chain's control at a k that is not trained": (
+        ["distill.chains=[{name: b, seed: 1, controls: [pca]}]", "retrain.ks=[16]", "retrain.controls={}"],
+        ["training.k is 32", "retrain.ks = [16]"],
+    ),
     "a chain without seeds": (
         ["distill.chains=[{name: b, seed: 1, seeds: []}]"],
         ["distill.chains.0.seeds is []", "one entry at least"],
@@ -158,9 +166,8 @@ def test_an_entry_that_is_there_twice(setting):
 def test_every_list_of_settings_is_a_set_or_in_order():
     """A list that is added later is one of the sets above, or is named here with what else refuses repeated
     entries."""
-    of_chains = {"distill.chains.retrain": "[none, none]", "distill.chains.seeds": "[2, 2]"}
-    for setting, value in of_chains.items():
-        name = setting.rpartition(".")[2]
+    of_chains = {"retrain": "[none, none]", "seeds": "[2, 2]", "controls": "[none, none]"}
+    for name, value in of_chains.items():
         with pytest.raises(UserError, match=f"distill.chains.0.{name} names (none|2) twice"):
             load_config("smoke", [f"distill.chains=[{{name: a, seed: 1, {name}: {value}}}]"])
     in_order = {"sae.prefixes", "distill.from_prefixes", "distill.chains"}
@@ -176,7 +183,8 @@ def test_every_list_of_settings_is_a_set_or_in_order():
                 found |= lists(held, f"{place}{name}.") if "properties" in held else set()
         return found
 
-    assert lists(RunConfig.model_json_schema()) == set(SETS) | in_order | set(of_chains)
+    known = {*SETS, *in_order, *(f"distill.chains.{name}" for name in of_chains)}
+    assert lists(RunConfig.model_json_schema()) == known
 
 
 FILES = {

@@ -219,6 +219,15 @@ def test_seeds_that_only_the_distillation_k_has_and_those_of_a_chain():
         assert config.retrain_arms(k, "c") == [("none", 9)]
 
 
+def test_a_chain_has_its_controls_where_the_main_one_has():
+    chain = "distill.chains=[{name: b, seed: 3, seeds: [0, 5], retrain: [distilled], controls: [pca]}]"
+    config = load_config("smoke", ["retrain.ks=[16, 32]", "retrain.controls={}", chain])
+    own = [(arm, seed) for arm in ("distilled", "pca") for seed in (0, 5)]
+    assert config.retrain_arms(32, "b") == own and config.retrain_arms(16, "b") == own[:2]
+    assert "pca" not in dict(config.retrain_arms(32))
+    assert "controls" not in load_config("smoke").distill.chains[0].model_dump()
+
+
 def test_a_run_that_scores_the_main_chain_alone_is_the_same_as_before_there_were_others():
     """Nothing is written of the default, by which a finished run would be stale."""
     plain, said = load_config("smoke"), load_config("smoke", ["saebench.chains=[main]"])

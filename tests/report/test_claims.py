@@ -270,10 +270,21 @@ def test_unscored_saes_leave_probing_open():
     assert by_name(claim)["loss increase", 48]["n"] == len(SEEDS)
 
 
-def test_with_several_scored_chains_the_chains_are_the_units():
-    claim = judged("C3", scored(chains=CHAINS))
+def test_with_several_scored_chains_training_seeds_decide_and_chains_are_reported():
+    claim, alone = judged("C3", scored(chains=CHAINS)), judged("C3", scored())
+    deciding = [p for p in claim["parts"] if p["decides"]]
+    assert deciding == alone["parts"] and (claim["varied"], claim["n"]) == (equal_l0.SEED, 3)
+    over = [p for p in claim["parts"] if p["part"].endswith(", over chains")]
+    assert len(over) == len(deciding) and {p["n"] for p in over} == {5}
+    top1 = next(p for p in over if (p["part"], p["k"]) == ("sparse probing, top 1, over chains", 48))
+    assert top1["value"] == pytest.approx(0.022)  # chains differ from the main one by 0 .. .004
+
+
+def test_chains_decide_where_each_has_one_training_seed():
+    rows = [row for row in scored(chains=CHAINS) if row["seed"] == SEEDS[0]]
+    claim = judged("C3", rows)
     assert claim["varied"] == equal_l0.CHAIN and claim["n"] == 5 and {p["n"] for p in claim["parts"]} == {5}
-    assert claim["value"] == pytest.approx(0.022)
+    assert all(p["decides"] for p in claim["parts"])
 
 
 # ---------------------------------------- C4, C5: against the controls

@@ -113,9 +113,10 @@ def test_another_kind_of_core_is_compared_apart_with_the_baseline_of_its_own_see
     run, summary = scored_chains(tmp_path, "seed1", *ABOVE)
     assert lenders(summary) == {"main": "main", "seed1": "seed1", "relu0": "main", "relu1": "seed1"}
     found = of_metric(summary)
-    assert list(found) == [None, "ReLU"] and {row["varied"] for row in found.values()} == {CHAIN}
+    assert list(found) == [None, "ReLU"]
     main, relu = found.values()
-    assert (main["n"], main["value"]) == (2, pytest.approx(0.02))
+    assert (main["n"], main["value"], main["varied"]) == (3, pytest.approx(0.02), SEED)
+    assert relu["varied"] == CHAIN  # one training seed each
     assert (relu["n"], relu["value"]) == (2, pytest.approx(0.06))  # of .05 and .07
     half = 12.706204736 * 0.01
     assert relu["interval"] == pytest.approx([0.06 - half, 0.06 + half], abs=1e-6)
@@ -144,8 +145,10 @@ def test_claims_count_scored_replicates_and_no_other_kind_of_core(tmp_path):
     assert plain["claims"]["C3"] == relu["claims"]["C3"] and plain["claims"]["C3"]["varied"] == SEED
     assert of_metric(plain) == {None: of_metric(relu)[None]} and of_metric(plain)[None]["n"] == 3
     assert of_metric(plain)[None]["varied"] == SEED
-    (part,) = [p for p in both["claims"]["C3"]["parts"] if p["part"] == "full absorption"]
-    assert (part["n"], part["value"]) == (2, pytest.approx(0.02)) and both["claims"]["C3"]["varied"] == CHAIN
+    parts = [p for p in both["claims"]["C3"]["parts"] if p["part"].startswith("full absorption")]
+    found = [(p["part"], p["n"], p["decides"]) for p in parts]
+    assert found == [("full absorption", 3, False), ("full absorption, over chains", 2, False)]
+    assert [p["value"] for p in parts] == [pytest.approx(0.02)] * 2
 
 
 def test_a_page_and_a_figure_show_each_kind_of_core_beside_the_main_one(tmp_path):
