@@ -3,9 +3,9 @@ baseline.
 
 Two kinds of error bars are kept apart. *Training seeds*: every SAE scored with the first evaluation seed, the
 difference to the same-seed baseline at measured L0 (:func:`dmsae_lib.report.equal_l0.advantage`), t interval
-over the seeds of the first chain of a kind of core; over the chains where that one has a single seed. *Evaluation seeds*: the
-SAEs of one chain's first training seed scored again on other texts, splits and probes; the difference at
-equal k, t interval over these draws. Kinds of core are never mixed.
+over the seeds of the first chain of a kind of core; over the chains where that one has a single seed.
+*Evaluation seeds*: the SAEs of one chain's first training seed scored again on other texts, splits and
+probes; the difference at equal k, t interval over these draws. Kinds of core are never mixed.
 """
 
 from collections.abc import Iterable
