@@ -18,6 +18,7 @@ FLOORS = [
     ["distill", "saebench"],
     ["report"],
     ["figures"],
+    ["atlas"],
     ["command"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -28,7 +28,7 @@ from dmsae_lib.store.atomic import old, write_text
 HEAD = """\
 # The stages of {folder}, written by dmsae_lib.command.plan; `make -n stages` prints what is left to do.
 PY ?= .venv/bin/python
-stages: {folder}/summary/manifest.json
+stages: {folder}/summary/manifest.json $(wildcard {folder}/atlas/manifest.json)
 .PHONY: stages unfinished {names}
 # A stage that was killed or failed after its artefact was written has no executed notebook: it runs again.
 executed = $(if $(wildcard {folder}/notebooks/$(1).ipynb),,unfinished)

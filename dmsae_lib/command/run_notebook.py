@@ -35,6 +35,7 @@ LOWER = dict.fromkeys(("02", "05", "09"), "training.batch_size or sae.d_sae") | 
     "01": "model.batch_rows, or set data.store to stream",
     "03": "model.batch_rows",
     "06": "threads or saebench.core_rows",
+    "11": "model.batch_rows or data.test_tokens",
 }  # what takes the memory, by notebook
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from dmsae_lib.config import RunConfig
 from dmsae_lib.config.fields import EMBEDDED
 from dmsae_lib.config.run import STEP, Run
-from dmsae_lib.config.sections import OTHER_CHAIN, TrainingConfig
+from dmsae_lib.config.sections import TrainingConfig
 
 COMPUTING = ("threads", "device")
 SELECTION = ("distill.coverage", "distill.aggregator", "distill.quantile")
@@ -89,6 +89,19 @@ def _retrain_stage(config: RunConfig, chain: str, parents: tuple[str, ...]) -> S
     return Stage(run.retrain_stage(chain), "05_retrain_across_k", place, parents, given, settings)
 
 
+def _atlas_stage(config: RunConfig) -> Stage:
+    """The cards of the last SAE of each kind of core; on request, and nothing depends on it."""
+    run, last = Run(config, config.name, Path()), config.distill.cycles
+    parents = ["harvest"]
+    for chain in config.exemplars:
+        places = [run.cycle(t, "core", chain) for t in range(last + 1)]
+        places += [run.cycle(last, part, chain) for part in ("sae", "attribution")]
+        parents += [place.relative_to(run.folder).as_posix() for place in places]
+    settings = _slice(config, *COMPUTING, "distill.final_core", "distill.aggregator", chains=config.exemplars)
+    distinct = tuple(dict.fromkeys(parents))
+    return Stage("atlas", "11_atlas", "atlas", distinct, {}, settings, optional=True)
+
+
 def stages(config: RunConfig) -> list[Stage]:
     """Every stage of a run, parents first."""
     files = {"model_files": _fingerprint(config.model.name), "data_files": _fingerprint(config.data.source)}
@@ -108,8 +121,6 @@ def stages(config: RunConfig) -> list[Stage]:
         shared = chains[config.trains(name, 0)][:3] if config.trains(name, 0) != name else []
         # random cores are drawn from all cycles
         cycles = ("harvest", *(stage.artefact for stage in [*shared, *chains[name]]))
-        if OTHER_CHAIN in config.arms(name):
-            cycles += tuple(chains[other][-1].artefact for other in config.other_chains(name))
         retrained[name] = _retrain_stage(config, name, cycles)
     found += retrained.values()
     bench = _slice(config, *COMPUTING, "saebench")
@@ -122,4 +133,5 @@ def stages(config: RunConfig) -> list[Stage]:
     asked = {"suite": True}
     found.append(Stage("saebench_suite", "06_saebench", suite_index, parents, asked, suite, optional=True))
     everything = tuple(stage.artefact for stage in found)
-    return [*found, Stage("summary", "07_figures", "summary", everything, {}, config.model_dump(mode="json"))]
+    found.append(Stage("summary", "07_figures", "summary", everything, {}, config.model_dump(mode="json")))
+    return [*found, _atlas_stage(config)]

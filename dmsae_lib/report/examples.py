@@ -33,22 +33,24 @@ def top_contexts(
     return found
 
 
-def _snippet(model: LanguageModel, contexts: Contexts, value: float, row: int, at: int) -> dict[str, Any]:
+def document_window(contexts: Contexts, row: int, at: int, before: int, after: int) -> tuple[int, int]:
+    """[start, stop) of the positions around ``at`` in a context, at most so many, inside its document."""
     tokens = contexts.tokens[row, : int(contexts.lengths[row])].tolist()
-    # stay inside the document
-    start = max((i + 1 for i in range(at) if tokens[i] == model.bos), default=0)
-    stop = next((i for i in range(at + 1, len(tokens)) if tokens[i] == model.bos), len(tokens))
-    parts = {
-        "before": tokens[max(start, at - BEFORE) : at],
-        "token": tokens[at : at + 1],
-        "after": tokens[at + 1 : min(stop, at + 1 + AFTER)],
-    }
+    start = max((i + 1 for i in range(at) if tokens[i] == contexts.bos), default=0)
+    stop = next((i for i in range(at + 1, len(tokens)) if tokens[i] == contexts.bos), len(tokens))
+    return max(start, at - before), min(stop, at + 1 + after)
+
+
+def _snippet(model: LanguageModel, contexts: Contexts, value: float, row: int, at: int) -> dict[str, Any]:
+    start, stop = document_window(contexts, row, at, BEFORE, AFTER)
+    tokens = contexts.tokens[row, :stop].tolist()
+    parts = {"before": tokens[start:at], "token": tokens[at : at + 1], "after": tokens[at + 1 :]}
     return {"activation": value} | {name: model.tokenizer.decode(part) for name, part in parts.items()}
 
 
 @torch.no_grad()
-def logit_effects(directions: Tensor, model: LanguageModel, n: int = 6) -> list[dict[str, list[str]]]:
-    """For each decoder row (latents, d_in) the tokens whose logits it raises and lowers most.
+def direct_logits(directions: Tensor, model: LanguageModel) -> Tensor:
+    """What each decoder row (latents, d_in) adds to the logits, (latents, vocabulary), less its mean.
 
     The direct path only: the final norm's weights are applied, its scale and the layers between are not.
     """
@@ -56,11 +58,17 @@ def logit_effects(directions: Tensor, model: LanguageModel, n: int = 6) -> list[
     weight = getattr(norm, "weight", None)
     gain = 1.0 if weight is None else weight.float() + (1.0 if "Gemma" in type(norm).__name__ else 0.0)
     effects = (directions.to(model.device) * gain) @ model.bridge.W_U.float()
-    effects = effects - effects.mean(dim=1, keepdim=True)
+    return effects - effects.mean(dim=1, keepdim=True)
+
+
+def logit_effects(directions: Tensor, model: LanguageModel, n: int = 6) -> list[dict[str, list[str]]]:
+    """For each decoder row (latents, d_in) the tokens whose logits it raises and lowers most, by
+    :func:`direct_logits`."""
 
     def words(scores: Tensor) -> list[str]:
         return [model.tokenizer.decode([token]) for token in scores.topk(n).indices.tolist()]
 
+    effects = direct_logits(directions, model)
     return [{"raises": words(row), "lowers": words(-row)} for row in effects]
 
 
