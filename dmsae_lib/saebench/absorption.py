@@ -46,11 +46,16 @@ RECORDED = (
 )
 
 
-class Prompts:
-    """``model`` as sae_bench's FeatureAbsorptionCalculator asks it: of texts, no further than the hook."""
+# {(model, hook, text, position): (d_model,)}: every SAE meets the same prompts, in half of its time
+_met: dict[tuple[str, str, str, int], Tensor] = {}
 
-    def __init__(self, model: LanguageModel):
-        self.model, self.tokenizer = model, model.tokenizer
+
+class Prompts:
+    """``model`` as sae_bench's FeatureAbsorptionCalculator asks it: of texts, no further than the hook, and
+    of one position (from the end) alone."""
+
+    def __init__(self, model: LanguageModel, position: int = -1):
+        self.model, self.tokenizer, self.position = model, model.tokenizer, position
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -60,18 +65,26 @@ class Prompts:
         return torch.tensor([[self.model.bos, *self.ids(text)]])
 
     def run_with_cache(self, texts: list[str], names_filter: list[str]) -> tuple[None, dict[str, Tensor]]:
-        """``(None, {hook: (texts, tokens, d_model)})``; the texts have equally many tokens."""
-        assert names_filter == [self.model.hook_name]
-        tokens = torch.cat([self.to_tokens(text) for text in texts])
-        return None, {self.model.hook_name: self.model.lower(tokens.to(self.model.device))}
+        """``(None, {hook: (texts, -position, d_model)})``: the residual at the position, at all of them.
 
-    def residuals(self, texts: list[str], position: int) -> Tensor:
-        """(texts, d_model) float32 on the CPU, at a position."""
-        rows, hook = self.model.config.batch_rows, self.model.hook_name
-        batches = (texts[i : i + rows] for i in range(0, len(texts), rows))
-        found = (self.run_with_cache(batch, [hook])[1][hook] for batch in batches)
+        The texts have equally many tokens. What was asked before is remembered."""
+        assert names_filter == [self.model.hook_name]
+        keys = [(self.model.hash, self.model.hook_name, text, self.position) for text in texts]
+        if not _met.keys() >= set(keys):
+            _met.update(zip(keys, self._at_position(texts)))
+        return None, {
+            names_filter[0]: torch.stack([_met[key] for key in keys])[:, None].expand(-1, -self.position, -1)
+        }
+
+    def _at_position(self, texts: list[str]) -> Tensor:
+        tokens = torch.cat([self.to_tokens(text) for text in texts])
         # cloned: a view keeps the whole batch in memory, gigabytes over the words of a large vocabulary
-        return torch.cat([resid[:, position].clone().cpu() for resid in found])
+        return self.model.lower(tokens.to(self.model.device))[:, self.position].clone()
+
+    def residuals(self, texts: list[str]) -> Tensor:
+        """(texts, d_model) float32 on the CPU, at the position."""
+        rows = self.model.config.batch_rows
+        return torch.cat([self._at_position(texts[i : i + rows]).cpu() for i in range(0, len(texts), rows)])
 
 
 def spelling_words(model: LanguageModel, template: str) -> tuple[list[str], int]:
@@ -117,8 +130,9 @@ def prepare_absorption(workers: Workers, bench: Bench, seed: int) -> Artifact:
         from sae_bench.evals.absorption.prompting import first_letter_formatter
         from sae_bench.evals.absorption.vocab import LETTERS
 
-        template, prompts = AbsorptionEvalConfig().prompt_template, Prompts(model)
+        template = AbsorptionEvalConfig().prompt_template
         words, position = spelling_words(model, template)
+        prompts = Prompts(model, position)
         random.seed(seed)
         torch.manual_seed(seed)
         options = {"base_template": template, "max_icl_examples": EXAMPLES}
@@ -132,7 +146,7 @@ def prepare_absorption(workers: Workers, bench: Bench, seed: int) -> Artifact:
                 f"no word of the train split starts with {missing[0]!r} ({len(words)} words, {len(missing)} "
                 "letters missing), so that there is no probe for it"
             )
-        x_train, x_test = (prompts.residuals(part, position) for part in texts)
+        x_train, x_test = (prompts.residuals(part) for part in texts)
         frames = [pd.DataFrame({"answer_class": [letter for _, letter in part]}) for part in drawn]
         device = torch.device(model.device)
         probe, _ = train_probe(*frames, device, x_train.numpy(), x_test.numpy(), **PROBE)
@@ -229,7 +243,7 @@ def _by_letter(adapter: Adapter, model: LanguageModel, known: Artifact, config: 
         raw.to_parquet(Path(scratch) / sparse.get_sparse_probing_raw_results_filename(NAME, layer))
         stats = absorption.get_stats_and_likely_false_negative_tokens(f1, NAME, layer, Path(scratch))
     calculator = absorption.FeatureAbsorptionCalculator(
-        model=Prompts(model),
+        model=Prompts(model, words["position"]),
         icl_word_list=sorted(word for word, _ in train + test),
         max_icl_examples=EXAMPLES,
         base_template=config.prompt_template,
