@@ -7,7 +7,7 @@ from typing import Any
 from dmsae_lib.config import RunConfig
 from dmsae_lib.config.fields import EMBEDDED
 from dmsae_lib.config.run import STEP, Run
-from dmsae_lib.config.sections import TrainingConfig
+from dmsae_lib.config.sections import OTHER_CHAIN, TrainingConfig
 
 COMPUTING = ("threads", "device")
 SELECTION = ("distill.coverage", "distill.aggregator", "distill.quantile")
@@ -121,6 +121,8 @@ def stages(config: RunConfig) -> list[Stage]:
         shared = chains[config.trains(name, 0)][:3] if config.trains(name, 0) != name else []
         # random cores are drawn from all cycles
         cycles = ("harvest", *(stage.artefact for stage in [*shared, *chains[name]]))
+        if OTHER_CHAIN in config.arms(name):
+            cycles += tuple(chains[other][-1].artefact for other in config.other_chains(name))
         retrained[name] = _retrain_stage(config, name, cycles)
     found += retrained.values()
     bench = _slice(config, *COMPUTING, "saebench")

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from dmsae_lib.config.fields import EachOnce, Positive
 from dmsae_lib.config.sections import (
+    OTHER_CHAIN,
     Chain,
     CoreSettings,
     DataConfig,
@@ -67,11 +68,19 @@ class RunConfig(Section):
                 f"{setting} is {extra[0]}, where retrain.controls are trained: add it to {known}"
             )
         needed = self.distill.cycles + 1
-        of_chains = [arm for chain in self.distill.chains for arm in [*chain.retrain, *chain.controls]]
-        arms = {*self.retrain.arms, *self.retrain.controls, *of_chains}
-        if "longer_fresh" in arms and data.fresh_factor < needed:
+        if any("longer_fresh" in self.arms(chain) for chain in self.chains) and data.fresh_factor < needed:
             needs = f"the arm longer_fresh needs distill.cycles + 1 = {needed}"
             raise ValueError(f"data.fresh_factor is {data.fresh_factor}: {needs}")
+        return self
+
+    @model_validator(mode="after")
+    def _other_chains_there(self) -> "RunConfig":
+        for chain in self.chains:
+            if OTHER_CHAIN in self.arms(chain) and not self.other_chains(chain):
+                raise ValueError(
+                    f"the arm {OTHER_CHAIN} of the chain {chain} needs another chain that differs from it in "
+                    "its seed alone: add one to distill.chains, or drop the arm"
+                )
         return self
 
     @model_validator(mode="after")
@@ -155,7 +164,7 @@ class RunConfig(Section):
     @property
     def replicates(self) -> list[str]:
         """The main chain, and those that differ from it in their seed alone."""
-        return [name for name in self.chains if self.for_chain(name).training == self.training]
+        return ["main", *self.other_chains()]
 
     @property
     def retrained_chains(self) -> list[str]:
@@ -169,6 +178,18 @@ class RunConfig(Section):
         for chain in self.retrained_chains[1:]:
             first.setdefault(tuple(self.for_chain(chain).training.core_settings().values()), chain)
         return ["main", *first.values()]
+
+    def other_chains(self, chain: str = "main") -> list[str]:
+        """Those that differ from a chain in their seed alone."""
+        own = self.for_chain(chain).training
+        return [name for name in self.chains if name != chain and self.for_chain(name).training == own]
+
+    def arms(self, chain: str = "main") -> list[str]:
+        """Those that are trained with the cores of a chain, at whatever k."""
+        if chain == "main":
+            return [*self.retrain.arms, *self.retrain.controls]
+        found = self._chain(chain)
+        return [*found.retrain, *found.controls]
 
     def seeds(self, chain: str = "main") -> list[int]:
         """Those that SAEs with a chain's cores are trained with at every k."""

@@ -33,6 +33,7 @@ ARMS = {  # each arm and its family
     "data_points": "new rows",
     "pca": "new rows",
     "rotated": "new rows",
+    "other_chain": "of another chain",  # the distilled core of a chain that differs in its seed alone
     "warm_start": "unfrozen",  # as many latents as the core has in every prefix, trained like all others
     "cold_start": "unfrozen",
     "longer_repeated": "longer",
@@ -59,6 +60,7 @@ class Family(Sequence[str]):
 
 
 OF_LATENTS, NEW_ROWS, UNFROZEN, LONGER = map(Family, ("of latents", "new rows", "unfrozen", "longer"))
+OTHER_CHAIN = "other_chain"  # no control: that another seed's core does as well would speak for the core
 CONTROLS = Family("of latents", "new rows")
 
 
@@ -186,6 +188,7 @@ class Chain(Section):
 
 
 class DistillConfig(Section):
+    LATER: ClassVar = frozenset({"ablation_tokens"})
     cycles: Positive = 7
     coverage: Fraction = 0.9
     aggregator: Aggregator = "mean_abs"
@@ -198,6 +201,8 @@ class DistillConfig(Section):
     from_sae: Local | None = None
     # its nested sizes without the last, where its files do not say; []: not nested
     from_prefixes: Sizes | None = None
+    # of the select split, on which notebook 10 ablates every candidate: a pass of half the model for each
+    ablation_tokens: Positive = 4000
 
     @field_validator("chains")
     @classmethod

@@ -120,11 +120,16 @@ class LanguageModel:
         return contexts.usable() & ~((norm > self.outlier_limit) & norm.isfinite())
 
 
-def next_token_loss(logits: Tensor, contexts: Contexts) -> tuple[Tensor, int]:
-    """Cross-entropy in nats, summed over the targets that are neither BOS nor padding, and their number."""
+def token_losses(logits: Tensor, contexts: Contexts) -> Tensor:
+    """Cross-entropy in nats of every next token, (rows, positions - 1); 0 for BOS and padding."""
     target, counted = contexts.tokens[:, 1:], contexts.usable()[:, 1:]
     losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), reduction="none")
-    return (losses * counted.flatten()).sum(), int(counted.sum())
+    return losses.view(target.shape) * counted
+
+
+def next_token_loss(logits: Tensor, contexts: Contexts) -> tuple[Tensor, int]:
+    """Cross-entropy in nats, summed over the targets that are neither BOS nor padding, and their number."""
+    return token_losses(logits, contexts).sum(), int(contexts.usable()[:, 1:].sum())
 
 
 def lowered(model: LanguageModel, contexts: Contexts) -> Iterator[tuple[Contexts, Tensor]]:

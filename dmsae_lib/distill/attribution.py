@@ -28,17 +28,19 @@ BINS, LOW, HIGH = 2000, -14.0, 6.0
 
 
 @torch.enable_grad()
-def gradient_at_prefix0(model: LanguageModel, sae: FoldedSAE, batch: Contexts) -> tuple[Tensor, Tensor]:
+def gradient_at_prefix0(
+    model: LanguageModel, sae: FoldedSAE, batch: Contexts, prefix: int = 0
+) -> tuple[Tensor, Tensor]:
     """Activations f (n, candidates) and gradients g (n, d_in) at the usable positions of one batch.
 
     The loss is summed over tokens, so g does not depend on the batch. BOS and padding keep the model's own
-    residual.
+    residual. ``prefix``: that of the reconstruction, and of the candidates, where it is a deeper one.
     """
     resid = model.lower(batch.tokens)
     usable = model.usable(batch, resid)
     with torch.no_grad():
-        f = sae.encode(resid, first=sae.n_core + sae.prefixes[0])
-        xhat = sae.decode_prefix(f, 0)
+        f = sae.encode(resid, first=sae.n_core + sae.prefixes[prefix])
+        xhat = sae.decode_prefix(f, prefix)
     put = torch.where(usable[..., None], xhat, resid).requires_grad_(True)
     loss, _ = next_token_loss(model.upper(batch.tokens, put), batch)
     (g,) = torch.autograd.grad(loss, put)
@@ -138,22 +140,23 @@ def attribute(
     contexts: Contexts,
     quantile: float = 0.99,
     aggregator: str = "mean_abs",
+    prefix: int = 0,
 ) -> AttributionTable:
     """Aggregate A over the usable tokens of ``contexts``, by every aggregator; ``sae`` is moved to the model.
 
     ``quantile`` is that of the aggregator of this name; ``aggregator`` the one whose score the halves hold,
-    on even and odd contexts.
+    on even and odd contexts. ``prefix``: that of the reconstruction and of the candidates.
     """
     if aggregator not in SCORES:
         known = ", ".join(SCORES)
         raise UserError(
             f"distill.aggregator is {aggregator}: no function is bound to it; use one of {known}."
         )
-    sae, n = sae.to(model.device), sae.n_core + sae.prefixes[0]
+    sae, n = sae.to(model.device), sae.n_core + sae.prefixes[prefix]
     sums = Sums(n), Sums(n)
     for half in (0, 1):
         for batch in contexts[half::2].batches(model.config.batch_rows, model.device):
-            f, g = gradient_at_prefix0(model, sae, batch)
+            f, g = gradient_at_prefix0(model, sae, batch, prefix)
             sums[half].add(f, contributions(f, g, sae))
     whole = sums[0] + sums[1]
     scores = {name: score(whole, quantile) for name, score in SCORES.items()}

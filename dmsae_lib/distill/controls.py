@@ -8,7 +8,7 @@ get the norms of the core's rows.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from dmsae_lib.config.run import Run
-from dmsae_lib.config.sections import CONTROLS, LONGER, NEW_ROWS
+from dmsae_lib.config.sections import CONTROLS, LONGER, NEW_ROWS, OTHER_CHAIN
 from dmsae_lib.distill.core import Candidates, Core, final_core, read_candidates, read_core
 from dmsae_lib.store.artifacts import UserError
 from dmsae_lib.store.seeds import generator
@@ -166,12 +166,13 @@ def placebo_rows(kind: str, core: Core, survivors: Tensor, x: Tensor, random: Ge
 
 @dataclass
 class Arms:
-    """What one distillation chain gives its retraining."""
+    """What one distillation chain gives its retraining, and the final cores of those that differ in seed."""
 
     core: Core
     pool: Pool
     seed: int  # of the chain
     chain: str
+    others: list[Core] = field(default_factory=list)
 
     def frozen(self, arm: str, seed: int, x: Tensor) -> Frozen | None:
         """What an arm freezes, or begins with where it is unfrozen; None where the SAE is an ordinary one."""
@@ -182,6 +183,11 @@ class Arms:
             return control_core(arm, self.core, self.pool, x, random)
         if arm == "cold_start":  # what free latents start with
             return Frozen(F.normalize(torch.randn(self.core.rows.shape, generator=random), dim=1))
+        if arm == OTHER_CHAIN:  # whole, whatever its size; draws beyond the last chain begin again
+            if not self.others:
+                raise UserError(f"The arm {arm} needs another chain's core, and there is none: add a chain.")
+            other = self.others[seed % len(self.others)]
+            return Frozen(other.rows, None, other.frequency)
         if arm in ("distilled", "warm_start"):
             return Frozen(self.core.rows, [latent.id for latent in self.core.latents], self.core.frequency)
         raise UserError(f"retrain names the arm {arm}, and Arms.frozen makes nothing of it: write it there.")
@@ -193,11 +199,20 @@ class Arms:
 
 
 def open_arms(run: Run, chain: str = "main") -> Arms:
-    """From the core artefacts of a chain's cycles; ArtifactError where one is missing."""
+    """From the core artefacts of a chain's cycles, and with the arm ``other_chain`` from those of others;
+    ArtifactError where one is missing."""
     cfg = run.config.for_chain(chain)
     made = [run.load(t, "core", chain) for t in range(cfg.distill.cycles + 1)]
-    core = final_core(read_core(made[-1]), cfg.distill.final_core)
-    return Arms(core, candidate_pool([read_candidates(artifact) for artifact in made]), cfg.seed, chain)
+    pool = candidate_pool([read_candidates(artifact) for artifact in made])
+    asked = run.config.other_chains(chain) if OTHER_CHAIN in run.config.arms(chain) else []
+    others = [open_final_core(run, name) for name in asked]
+    return Arms(open_final_core(run, chain), pool, cfg.seed, chain, others)
+
+
+def open_final_core(run: Run, chain: str = "main") -> Core:
+    """The final core of a chain, as the configuration reads it; ArtifactError where it is missing."""
+    distill = run.config.distill
+    return final_core(read_core(run.load(distill.cycles, "core", chain)), distill.final_core)
 
 
 def rows_hash(rows: Tensor) -> str:

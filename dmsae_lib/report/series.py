@@ -24,6 +24,7 @@ ARMS: dict[str, Look] = {
     "data_points": ("random activations", "#56B4E9", "v"),
     "pca": ("principal components", "#332288", "X"),
     "rotated": ("rotated in its span", "#882255", "d"),
+    "other_chain": ("another seed's core", "#44AA99", (8, 1, 0)),
     "warm_start": ("warm start, unfrozen", "#999933", "p"),
     "cold_start": ("same nesting, no start", "#661100", (6, 1, 0)),
     "longer_repeated": ("baseline, {times}x tokens, repeated", "#000000", "<"),

@@ -109,6 +109,14 @@ CONFIG = {
         ["data.fresh_factor=2"],
         ["data.fresh_factor is 2", "distill.cycles + 1 = 3"],
     ),
+    "another chain's core where no chain is alike": (
+        ["retrain.controls={other_chain: 1}"],
+        ["the arm other_chain of the chain main", "in its seed alone", "distill.chains"],
+    ),
+    "another chain's core for a chain that is alone": (
+        ["distill.chains=[{name: a, seed: 1}, {name: b, core_sparsity: batchtopk, retrain: [other_chain]}]"],
+        ["the arm other_chain of the chain b", "in its seed alone"],
+    ),
     "two chains of one name": (
         ["distill.chains=[{name: a}, {name: a}]"],
         ["distill.chains is ['a', 'a']", "differ"],

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from builders.clone import TOY
 from builders.sae import latent, random
 
-from dmsae_lib.config import sections
+from dmsae_lib.command.stages import stages
+from dmsae_lib.config import RunConfig, sections
+from dmsae_lib.config.run import Run
 from dmsae_lib.config.sections import CONTROLS, NEW_ROWS
 from dmsae_lib.distill import controls
 from dmsae_lib.distill.controls import (
@@ -15,10 +18,11 @@ from dmsae_lib.distill.controls import (
     control,
     control_core,
     geometry,
+    open_arms,
     placebo_rows,
 )
-from dmsae_lib.distill.core import Candidates, Core
-from dmsae_lib.store.artifacts import UserError
+from dmsae_lib.distill.core import Candidates, Core, save_core
+from dmsae_lib.store.artifacts import UserError, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -240,3 +244,38 @@ def test_an_arm_that_nothing_is_made_of_is_no_distilled_one_under_another_name(m
     monkeypatch.setitem(sections.ARMS, "toy_free", "unfrozen")
     with pytest.raises(UserError, match="the arm toy_free.*Arms.frozen"):
         arms.frozen("toy_free", 0, X)
+
+
+def write_cores(run: Run, chain: str, first: int) -> list[Core]:
+    """Cores of both cycles of a chain, as large as ``first`` says, all of the last one's selected before."""
+    made = []
+    for t in range(2):
+        latents = [latent(0, i, list(range(t + 1)), frequency=0.1 * i) for i in range(first)]
+        made.append(Core(t, random(first, D_IN, seed=50 + 10 * first + t), latents))
+        with write(run.cycle(t, "core", chain), "core") as writer:
+            save_core(writer, made[-1], part(t), 0.9, "mean_abs")
+    return made
+
+
+def test_another_seeds_core_is_that_chains_core_whole(tmp_path):
+    """Bit for bit and as large as it is there, the main chain's in its turn too; a chain of another kind
+    lends none, and without the arm none is opened."""
+    chains = [{"name": f"seed{n}", "seed": n, "retrain": ["other_chain"]} for n in (1, 2)]
+    chains.append({"name": "exempt", "core_sparsity": "batchtopk"})
+    tree = TOY | {"name": "toy", "distill": {"cycles": 1, "chains": chains}}
+    config = RunConfig.model_validate(tree | {"retrain": TOY["retrain"] | {"controls": {"other_chain": 1}}})
+    run = Run(config, "toy", tmp_path)
+    last = {chain: write_cores(run, chain, n)[-1] for n, chain in enumerate(("main", "seed1", "seed2"), 3)}
+    for chain, others in (("main", ("seed1", "seed2")), ("seed1", ("main", "seed2"))):
+        arms = open_arms(run, chain)
+        for seed in range(4):
+            given, other = arms.frozen("other_chain", seed, X), last[others[seed % 2]]
+            assert torch.equal(given.rows, other.rows) and given.ids is None
+            assert torch.equal(given.frequency, other.frequency)
+        assert torch.equal(arms.frozen("distilled", 0, X).rows, last[chain].rows)
+    without = Run(RunConfig.model_validate(tree), "toy", tmp_path)
+    with pytest.raises(UserError, match="other_chain needs another chain's core"):
+        open_arms(without).frozen("other_chain", 0, X)
+    parents = {stage.name: stage.parents for stage in stages(config)}
+    for name, core in (("retrain", "chain_seed2/cycle_1/core"), ("chain_seed1_retrain", "cycle_1/core")):
+        assert core in parents[name] and "chain_exempt/cycle_1/core" not in parents[name]

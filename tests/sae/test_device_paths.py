@@ -113,7 +113,7 @@ def test_attribution_takes_the_sae_to_the_model(monkeypatch):
     """Notebook 05 loads SAEs to the CPU, wherever the model lies."""
     seen = []
 
-    def recorded(model, sae, batch):
+    def recorded(model, sae, batch, prefix):
         seen.append(sae.W_dec.device.type)
         n = sae.n_core + sae.prefixes[0]
         return torch.rand(5, n), torch.rand(5, sae.d_in)
