@@ -17,7 +17,7 @@ from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_los
 from dmsae_lib.report.verdicts import t_interval
 from dmsae_lib.sae.model import FoldedSAE
 
-ABLATED_TOKENS = 4096  # one pass of the upper half per latent over so many tokens
+ABLATED_TOKENS = 2048  # one pass of the upper half per latent over so many tokens
 
 
 def mean_losses(model: LanguageModel, batch: Contexts, resid: Tensor) -> Tensor:
