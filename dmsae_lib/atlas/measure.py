@@ -65,8 +65,9 @@ def measured(harvest: Harvest, report: Callable[[str], None] = print) -> tuple[R
     latents = []
     for group, f, near in zip(groups, activations, nearest(groups)):
         report(f"{group.name}: {len(group.latents)} latents")
-        logits, losses = direct_logits(group.sae.W_dec[group.indices], model), []
-        losses = ablate(model, group.sae, ablated, group.indices)
+        logits = direct_logits(group.sae.W_dec[group.indices], model)
+        own = group.chain == "main"  # of other chains' latents nobody asks it, and each takes a pass
+        losses = ablate(model, group.sae, ablated, group.indices) if own else [None] * len(group.latents)
         for j, latent in enumerate(group.latents):
             about = {"group": group.name, **latent, "share": rounded(latent["share"])}
             about |= activity(f[..., j], usable, contexts)
@@ -109,7 +110,7 @@ def write_atlas(harvest: Harvest) -> Artifact:
     groups         {name, chain, role, kind}: latents that stand together, see latents.Shown
     latents        {group, id, index, first_cycle, share, history} of latents.Shown, and what was measured:
                    activity.activity, logits (:func:`logits_of`), nearest (latents.nearest),
-                   ablation (ablation.ablate)
+                   ablation (ablation.ablate; None but for the main chain)
     """
     made, sources = measured(harvest)
     folder = harvest.run.folder / "atlas"
