@@ -178,6 +178,16 @@ def clean(model, cache) -> tuple[dict, list[str]]:
     return run_and_listen(spelling_sae({}), model, cache)
 
 
+def test_the_model_meets_each_prompt_once_for_all_saes(model, cache, clean, monkeypatch):
+    found, asked = clean
+    position, hook = probes_of(model, cache).json("words.json")["position"], model.hook_name
+    prompts, some = absorption.Prompts(model, position), asked[:3]
+    said = model.lower(torch.cat([prompts.to_tokens(text) for text in some]))[:, position]
+    monkeypatch.setattr(type(model), "lower", lambda *_: pytest.fail("the model was asked again"))
+    assert torch.allclose(prompts.run_with_cache(some, [hook])[1][hook][:, position], said, atol=1e-6)
+    assert run_and_listen(spelling_sae({}), model, cache) == (found, asked)
+
+
 def test_a_latent_per_letter_absorbs_nothing(clean):
     clean, _ = clean
     assert clean["metrics"] == {
