@@ -42,7 +42,7 @@ UNREADY = $(if $(DRY),echo "the stages are listed once 'make setup' has run"; ex
 READY = $(if $(ENVIRONMENT),[ -e $(ENVIRONMENT) ] &&) command -v $(PY) > /dev/null || { $(UNREADY); }
 
 .DEFAULT_GOAL = help
-.PHONY: help setup reproduce stages model saebench smoke test test-slow lint base-model status compare publish core push-core figures sizing start-here bench bench-environment mend clean lock
+.PHONY: help setup reproduce stages model saebench smoke test test-slow test-browser lint base-model status compare publish core push-core figures atlas sizing start-here bench bench-environment mend clean lock
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -93,6 +93,10 @@ push-core: $(ENVIRONMENT) ## push the finished run's core with a model card to t
 figures: $(ENVIRONMENT) ## draw figures/CONFIG and write its page again from results/CONFIG alone
 	@$(PY) -m dmsae_lib.command.manage figures $(WHICH) $(if $(AS),--as $(call quoted,AS))
 
+atlas: model ## compute the core atlas of CONFIG's last cycle, and write its page to results/CONFIG/atlas
+	@$(READY); $(PY) -m dmsae_lib.command.plan $(WHICH) --make "$(MAKE)" atlas
+	@$(READY); $(if $(DRY),:,$(PY) -m dmsae_lib.command.atlas $(WHICH) $(if $(AS),--as $(call quoted,AS)))
+
 sizing: $(ENVIRONMENT) ## predict CONFIG's times, memory and disk beside what was measured, and the Gemma-2-2B run
 	@$(PY) -m dmsae_lib.command.run_notebook notebooks/08_sizing.ipynb runs/sizing/sizing.ipynb -p config $(call quoted,CONFIG) -p write true $(NBFLAGS)
 	@cp runs/sizing/sizing.ipynb results/$(call quoted,CONFIG)/notebooks/sizing.ipynb
@@ -134,6 +138,16 @@ test: $(ENVIRONMENT) .venv-bench/.complete lint ## lint, unit tests, and every n
 
 test-slow: $(ENVIRONMENT) ## the tests that take minutes
 	$(PY) -m pytest -q -m slow tests
+
+test-browser: $(ENVIRONMENT) .browser/.complete ## the atlas in a headless browser (Chromium, from the system or from Playwright)
+	$(PY) -m pytest -q -rs tests/atlas/test_browser.py
+
+# In a folder of its own, which the test alone looks into.
+.browser/.complete: tests/atlas/requirements.txt
+	@if command -v uv > /dev/null; then uv pip install --quiet --python $(PY) --target .browser -r $<; \
+	else $(PY) -m pip install --quiet --disable-pip-version-check --target .browser -r $<; fi
+	@command -v chromium chromium-browser google-chrome > /dev/null || PYTHONPATH=.browser $(PY) -m playwright install chromium
+	@touch $@
 
 lint: $(ENVIRONMENT) ## check rules and format of library, tests and notebooks, and the types of the reader's path
 	@$(PY) -m ruff check --quiet .

@@ -2,8 +2,8 @@
 
 from html import escape
 
-from dmsae_lib.atlas.latents import Row
 from dmsae_lib.atlas.text import visible
+from dmsae_lib.report.layout import Row
 
 SHADE = "255, 127, 14"  # red, green, blue of an activation, as transparent as it is weak
 
@@ -32,7 +32,9 @@ def compact_cards(atlas: Row, cards: list[Row]) -> str:
         shown = [first[tenth] for tenth in (10, 8, 6, 4, 2) if tenth in first]
         cycles = ", ".join(str(one["cycle"]) for one in card["history"]) or "none"
         about = f"{card['share']:.1%} of the attribution, fires on {card['frequency']:.1%} of the tokens"
-        about += f", without it {card['ablation']['change']:+.4f} nats; selected in cycles {cycles}"
+        if card["ablation"]:
+            about += f", without it {card['ablation']['change']:+.4f} nats"
+        about += f"; selected in cycles {cycles}"
         effects = f"raises {_words(card['logits']['raises'])}<br>lowers {_words(card['logits']['lowers'])}"
         body = "".join(_tokens(atlas, card, context) for context in shown)
         parts.append(f"<h4>{escape(card['id'])}</h4><p>{about}<br>{effects}</p>{body}")

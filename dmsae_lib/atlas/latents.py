@@ -5,7 +5,6 @@ last cycle; then the final cores of the other chains among ``RunConfig.exemplars
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from dmsae_lib.config.run import Run
 from dmsae_lib.distill.core import Core, final_core, read_core
+from dmsae_lib.report.layout import Row
 from dmsae_lib.report.series import kind_name
 from dmsae_lib.sae.model import FoldedSAE, load_folded
-
-Row = dict[str, Any]
 
 
 @dataclass

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dmsae_lib.atlas.ablation import ABLATED_TOKENS, ablate
 from dmsae_lib.atlas.activity import activity, rounded
-from dmsae_lib.atlas.latents import Row, Shown, nearest, open_shown
+from dmsae_lib.atlas.latents import Shown, nearest, open_shown
 from dmsae_lib.data.contexts import Contexts
 from dmsae_lib.data.language_model import LanguageModel, lowered
 from dmsae_lib.distill.harvest import Harvest
 from dmsae_lib.report.examples import direct_logits
-from dmsae_lib.report.layout import readable
+from dmsae_lib.report.layout import Row, readable
 from dmsae_lib.store.artifacts import Artifact, load, write
 
 SHOWN_TOKENS = 2**15  # of the test split, at most, in which activations are looked for

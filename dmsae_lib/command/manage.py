@@ -14,6 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from dmsae_lib.command.atlas import carry_atlas
 from dmsae_lib.command.plan import run_arguments, states
 from dmsae_lib.command.stages import Stage, stages
 from dmsae_lib.config.lock import locked
@@ -137,6 +138,7 @@ def publish(run: Run, name: str = "") -> None:
         for stage, state in made.items():
             if state == "present" and not stage.startswith("chain_"):  # other chains' look the same
                 shutil.copy(run.folder / "notebooks" / f"{stage}.ipynb", results / "notebooks")
+        carry_atlas(run, targets[0], results, name)
         page = published_page(results, name, run.root)
         (results / "README.md").write_text(page, encoding="utf-8")
         draw_all(results, figures)
@@ -168,8 +170,9 @@ def push_core(run: Run, to: str, licence: str = "", public: bool = False) -> Non
 
 
 def figures(run: Run, name: str = "") -> None:
-    """Draw figures/<name> and write the page of results/<name> again from the results; nothing is
+    """Draw figures/<name> and write the pages of results/<name> again from the results; nothing is
     computed."""
+    from dmsae_lib.atlas.page import write_pages
     from dmsae_lib.figures import draw_all
     from dmsae_lib.report.page import IN_README, published_page, update_readme
 
@@ -178,6 +181,8 @@ def figures(run: Run, name: str = "") -> None:
     with explain_os_errors(target), replacing(target) as (new,):
         drawn = draw_all(results, new)
         write_text(results / "README.md", published_page(results, name, run.root))
+    if (results / "atlas" / "manifest.json").is_file():
+        write_pages(results / "atlas", run.root, name)
     if any(name in names for names in IN_README.values()):
         update_readme(run.root)
     print(f"drew {len(drawn)} figures in figures/{name}")

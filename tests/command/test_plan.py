@@ -34,7 +34,7 @@ def fresh(tmp_path_factory) -> Path:
 
 
 def pretend(clone: Path, run: str, overrides: tuple[str, ...] = (), suite: bool = False) -> Path:
-    """Leave the run as if every stage (with ``suite`` also the optional one) had been made, in order, some
+    """Leave the run as if every stage (with ``suite`` also the optional ones) had been made, in order, some
     time ago."""
     folder = clone / "runs" / run
     found = stages(open_run(str(clone / "configs" / "toy.yaml"), run, overrides).config)
@@ -146,8 +146,8 @@ def test_parameters_files_are_left_alone_while_nothing_changes(done):
     files = sorted((done / "runs" / "trial").glob("params/*.json")) + [done / "runs" / "trial" / "plan.mk"]
     before = [path.stat().st_mtime_ns for path in files]
     assert planned(done, "RUN=trial") == []
-    # the optional stage has one too
-    assert [path.stat().st_mtime_ns for path in files] == before and len(files) == len(ALL) + 2
+    # the two optional stages have one too
+    assert [path.stat().st_mtime_ns for path in files] == before and len(files) == len(ALL) + 3
 
 
 def lose(run: Path, name: str) -> None:
@@ -211,7 +211,8 @@ def test_what_is_made_again_and_status_says_the_same_beforehand(done, case):
 
 def test_status_of_a_new_run_is_what_make_would_do(fresh):
     run = Run(open_run(str(fresh / "configs" / "toy.yaml"), "new").config, "new", fresh)
-    assert states(run) == dict.fromkeys(ALL, "missing") | {"saebench_suite": "optional"}
+    optional = dict.fromkeys(["saebench_suite", "atlas"], "optional")
+    assert states(run) == dict.fromkeys(ALL, "missing") | optional
     assert not run.folder.exists() and planned(fresh, "RUN=new") == ALL
 
 
@@ -223,7 +224,17 @@ def test_the_suite_is_made_on_request_and_then_kept_up_to_date(done):
     assert planned(done, "RUN=trial", "STAGE=saebench_suite") == ["saebench_suite"]
     assert planned(done, "RUN=trial", "SET=saebench.suite.ks=[4]") == ["saebench_suite", "summary"]
     retrained = planned(done, "RUN=trial", "SET=distill.final_core=all_of_last")
-    assert sorted(retrained) == sorted([*END, "saebench_suite"]) and retrained[-1] == "summary"
+    assert sorted(retrained) == sorted([*END, "saebench_suite", "atlas"])
+    assert retrained.index("summary") > retrained.index("saebench_suite")
+
+
+def test_the_atlas_is_made_on_request_of_the_cycles_alone_and_then_kept_up_to_date(done):
+    assert planned(done, "RUN=trial", "STAGE=atlas") == ["atlas"]
+    pretend(done, "trial", suite=True)
+    touch(done / "runs" / "trial", "retrain/index/manifest.json")
+    assert "atlas" not in planned(done, "RUN=trial")
+    touch(done / "runs" / "trial", "cycle_1/attribution/manifest.json")
+    assert {"cycle_1_distill", "atlas"} <= set(planned(done, "RUN=trial"))
 
 
 def test_an_override_computes_elsewhere_and_notebooks_read_its_resolved_settings(fresh):
