@@ -28,14 +28,20 @@ class Elements(HTMLParser):
         super().__init__()
         self.found: list[tuple[str, dict]] = []
         self.texts: dict[int, str] = {}
+        self.open = False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.found.append((tag, dict(attributes)))
+        self.open = True
+
+    def handle_endtag(self, tag):
+        self.open = False
 
     def handle_data(self, data):
-        place = len(self.found) - 1
-        self.texts[place] = self.texts.get(place, "") + data
+        if self.open:
+            place = len(self.found) - 1
+            self.texts[place] = self.texts.get(place, "") + data
 
     def all(self, tag: str) -> list[tuple[dict, str]]:
         return [(at, self.texts.get(i, "")) for i, (name, at) in enumerate(self.found) if name == tag]
