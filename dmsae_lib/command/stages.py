@@ -134,6 +134,13 @@ def stages(config: RunConfig) -> list[Stage]:
     found.append(Stage("saebench", "06_saebench", index, parents, {}, bench))
     asked = {"suite": True}
     found.append(Stage("saebench_suite", "06_saebench", suite_index, parents, asked, suite, optional=True))
+    # what is asked of the cores and of the SAEs retrained with them; the summary takes its answers in
+    asked_of = _slice(config, *COMPUTING, *SELECTION, "distill.final_core")
+    asked_of |= {"ablation_tokens": config.distill.ablation_tokens, "chains": config.chains}
+    made = [stage.artefact for own in chains.values() for stage in own]
+    parents = ("harvest", *made, *(stage.artefact for stage in retrained.values()))
+    place = "what_is_a_core/record"
+    found.append(Stage("what_is_a_core", "10_what_is_a_core", place, parents, {}, asked_of, optional=True))
     everything = tuple(stage.artefact for stage in found)
     found.append(Stage("summary", "07_figures", "summary", everything, {}, config.model_dump(mode="json")))
     return [*found, _atlas_stage(config)]

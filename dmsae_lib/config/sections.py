@@ -202,7 +202,7 @@ class DistillConfig(Section):
     # its nested sizes without the last, where its files do not say; []: not nested
     from_prefixes: Sizes | None = None
     # of the select split, on which notebook 10 ablates every candidate: a pass of half the model for each
-    ablation_tokens: Positive = 4000
+    ablation_tokens: Positive = 2000
 
     @field_validator("chains")
     @classmethod

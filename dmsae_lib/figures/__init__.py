@@ -6,7 +6,7 @@ its caption. What was not run is left out, or named in the empty panel; no numbe
 
 from pathlib import Path
 
-from dmsae_lib.figures import distill, records, retrain, saebench, schematic
+from dmsae_lib.figures import distill, records, retrain, saebench, schematic, what_is_a_core
 from dmsae_lib.figures.style import Plot, save
 from dmsae_lib.report.results import Results
 from dmsae_lib.store.atomic import write_text
@@ -26,6 +26,10 @@ FIGURES: dict[str, Plot] = {
     "12_saebench_differences": Plot(saebench.differences, where=lambda found: found.summary["differences"]),
     "13_reselected": Plot(distill.reselected, where=distill.with_placebos),
     "14_core_identity": Plot(distill.core_identity, where=lambda found: found.summary["identity"]),
+    "15_does_a_mean_it": Plot(what_is_a_core.ablation, where=what_is_a_core.record),
+    "16_duplicates": Plot(what_is_a_core.duplicates, where=what_is_a_core.record),
+    "17_latents_or_subspace": Plot(what_is_a_core.latents_or_subspace, where=what_is_a_core.agreements),
+    "18_open_competition": Plot(what_is_a_core.competition, where=what_is_a_core.record),
 }
 
 

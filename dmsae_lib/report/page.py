@@ -32,6 +32,7 @@ from dmsae_lib.report.series import (
     varied,
 )
 from dmsae_lib.report.verdicts import t_interval
+from dmsae_lib.report.what_is_a_core import RECORD, answers, mean_of_random, means
 from dmsae_lib.store.atomic import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -74,7 +75,8 @@ def cell(text: str) -> str:
 def rendered(template: str, **values: Any) -> str:
     layout = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, **layout)
-    filters = {one.__name__: one for one in (average, mean, signed, cell, kind_name, varied)}
+    used = (average, mean, signed, cell, kind_name, varied, mean_of_random)
+    filters = {one.__name__: one for one in used}
     environment.filters |= filters | {"n": lambda rows: len(units(rows, lambda row: row["fvu"])[0])}
     return environment.get_template(template).render(values)
 
@@ -118,11 +120,13 @@ def results_page(
     base_model: Row | None = None,
     sweep: Row | None = None,
     beside: Row | None = None,
+    asked: Row | None = None,
 ) -> str:
     """Markdown of all the numbers of one published run; ``made``: how its stages were made.
 
     ``base_model`` is the record of the embedded model where the run is about that one, ``beside`` where it is
-    about another on the same text; ``sweep`` is the run's learning_rate.json.
+    about another on the same text; ``sweep`` is the run's learning_rate.json, ``asked`` its
+    what_is_a_core.json.
     """
     k, scored = summary["sizes"]["k"], [row["saebench"] or {} for row in summary["retrain"]]
     gains = advantage(kinds(summary)[0].rows, "distilled", k, "loss_increase")
@@ -134,6 +138,10 @@ def results_page(
         base_model=base_model,
         sweep=sweep,
         beside=beside,
+        asked=asked,
+        core_answers=answers(asked) if asked else {},
+        arm_labels={arm: label(arm, summary) for arm in ARMS},
+        core_agreement=means(asked["agreement"]) if asked else {},
         **summary,
         placebos=sorted({kind for row in summary["cycles"] for kind in row["placebos"]}),
         arm_names={arm: look[0] for arm, look in ARMS.items()},
@@ -158,11 +166,11 @@ def published_page(folder: Path, name: str, root: Path) -> str:
     record, inputs = root / "results" / "base_model" / "base_model.json", results.summary["inputs"]
     embedded = (EMBEDDED / inputs["model"]["name"] / "config.json").is_file()
     same_text = not embedded and inputs["data"]["source"] == "embedded"
-    base_model, rates, beside = (
+    base_model, rates, beside, asked = (
         json.loads(path.read_text(encoding="utf-8")) if there and path.is_file() else None
-        for path, there in ((record, embedded), (sweep, True), (record, same_text))
+        for path, there in ((record, embedded), (sweep, True), (record, same_text), (folder / RECORD, True))
     )
-    return results_page(name, results.summary, results.made, base_model, rates, beside)
+    return results_page(name, results.summary, results.made, base_model, rates, beside, asked)
 
 
 def verdict_table(models: dict[str, list[Row]]) -> str:

@@ -12,6 +12,7 @@ from dmsae_lib.report.claims import identity_means
 from dmsae_lib.report.equal_l0 import OfSAE, advantage, over_control, per_unit
 from dmsae_lib.report.evidence import Evidence, number
 from dmsae_lib.report.verdicts import t_interval
+from dmsae_lib.report.what_is_a_core import deeper_prefixes, integrated
 
 Row = dict[str, Any]
 Answer = tuple[str, Any]
@@ -24,14 +25,23 @@ QUESTIONS = {
     "R6": "Is the core stable over seeds?",
     "R7": "What do core latents respond to?",
     "R10": "Does the aggregator matter, and is the ranking stable?",
+    "R11": "Do integrated gradients select the same latents?",
+    "R12": "What if the candidates come from deeper prefixes?",
     "R13": "What are the error bars?",
 }
 
 
-def answers(summary: Row, records: list[Row], core: list[float], not_selected: list[float]) -> dict[str, Row]:
+def answers(
+    summary: Row,
+    records: list[Row],
+    core: list[float],
+    not_selected: list[float],
+    asked: Row | None = None,
+) -> dict[str, Row]:
     """{question's name: {question, answer, numbers}}; ``records`` are the attribution records by cycle.
 
-    ``core`` and ``not_selected`` are firing frequencies of the last cycle's core and of the other candidates.
+    ``core`` and ``not_selected`` are firing frequencies of the last cycle's core and of the other candidates;
+    ``asked`` is notebook 10's record, without which R11 and R12 have no answer.
     """
     evidence, k = Evidence.of(summary), summary["sizes"]["k"]
     found = {
@@ -45,8 +55,10 @@ def answers(summary: Row, records: list[Row], core: list[float], not_selected: l
             {"table": TABLE},
         ),
         "R10": aggregators(summary["cycles"], records, summary["sizes"]["aggregator"]),
-        "R13": error_bars(summary["claims"]),
     }
+    if asked:
+        found |= {"R11": integrated(asked), "R12": deeper_prefixes(asked)}
+    found["R13"] = error_bars(summary["claims"])
     return {
         name: {"question": QUESTIONS[name], "answer": answer, "numbers": numbers}
         for name, (answer, numbers) in found.items()

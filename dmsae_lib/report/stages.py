@@ -8,6 +8,7 @@ from typing import Any
 
 from dmsae_lib.config.run import Run
 from dmsae_lib.report.results import stage_kind
+from dmsae_lib.report.what_is_a_core import RECORD
 from dmsae_lib.saebench import Task, reproduced_tasks, suite_tasks
 from dmsae_lib.saebench.probing import mean_baselines, suitable
 from dmsae_lib.store.artifacts import Artifact, ArtifactError, load
@@ -89,6 +90,12 @@ class Stages:
             task: self.get("scores", folder, saes[task.sae]).json("scores.json")["result"]
             for task, folder in there.items()
         }
+
+    def what_is_a_core(self) -> Row | None:
+        """What notebook 10 found; None where it did not run."""
+        folder = self.run.folder / "what_is_a_core" / "record"
+        there = (folder / "manifest.json").is_file()
+        return self.get("what_is_a_core", folder, self.harvest()).json(RECORD) if there else None
 
     def probing(self) -> Row | None:
         """Mean accuracies without an SAE, over the sets that a dense probe can do."""

@@ -22,6 +22,7 @@ from dmsae_lib.report.results import validate
 from dmsae_lib.report.reviewers import answers
 from dmsae_lib.report.series import replicates
 from dmsae_lib.report.stages import Stages
+from dmsae_lib.report.what_is_a_core import RECORD
 from dmsae_lib.saebench import EVALS, REPRODUCED
 from dmsae_lib.store.artifacts import write
 
@@ -144,7 +145,8 @@ def reviewed(stages: Stages, summary: Row) -> dict[str, Row]:
     selected, table = {latent["index"] for latent in latents}, attribution.csv("table.csv")
     others = [float(row["frequency"]) for row in table if int(row["index"]) not in selected]
     records = [attributed.json("record.json") for _, attributed, _ in cycles]
-    return answers(summary, records, [latent["frequency"] for latent in latents], others)
+    frequencies = [latent["frequency"] for latent in latents]
+    return answers(summary, records, frequencies, others, stages.what_is_a_core())
 
 
 def summarise(run: Run, identity: Iterable[Row] = ()) -> Row:
@@ -267,6 +269,8 @@ def write_summary(run: Run, more: dict[str, Any] | None = None, identity: Iterab
     with write(folder, "summary", parents) as writer:
         writer.circumstances["stages"] = stages.made()
         texts = {"summary.json": summary, "core_lineage.json": lineage(stages), **(more or {})}
+        if asked := stages.what_is_a_core():
+            texts[RECORD] = asked
         for name, content in readable(texts).items():
             writer.path(name).write_text(laid_out(content) + "\n", encoding="utf-8")
         for name, rows in tables(summary, stages).items():

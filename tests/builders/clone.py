@@ -22,6 +22,7 @@ NOTEBOOKS = (
     "06_saebench",
     "07_figures",
     "09_learning_rate",
+    "10_what_is_a_core",
     "11_atlas",
 )
 PARAMETERS = """config = "toy"  # a name

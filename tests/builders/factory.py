@@ -43,6 +43,7 @@ EFFECT = {
     "pca": 0.017,
     "rotated": 0.016,
     "random_outside": 0.021,
+    "other_chain": 0.013,
     "warm_start": 0.008,
     "cold_start": 0.009,
     "longer_repeated": -0.002,

@@ -9,6 +9,7 @@ from builders import factory
 from dmsae_lib.config.sections import CONTROLS, Chain
 from dmsae_lib.report.results import Results
 from dmsae_lib.report.summary import write_summary
+from dmsae_lib.report.what_is_a_core import RECORD
 from dmsae_lib.store.artifacts import write_json
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
@@ -45,7 +46,7 @@ def identity():
     return rows
 
 
-def published(root, *arguments, base_model=True, identity=(), **keywords):
+def published(root, *arguments, base_model=True, identity=(), asked=None, **keywords):
     run = factory.build_run(root, *arguments, **keywords)
     folder = factory.publish(run, base_model)
     if identity:
@@ -62,5 +63,7 @@ def published(root, *arguments, base_model=True, identity=(), **keywords):
             "prediction": {"config": "large", "saes": 26, "machines": machines},
         }
         write_json(folder / "sizing.json", record)
+    if asked:
+        write_json(folder / RECORD, asked)
     shutil.rmtree(root / "runs")
     return folder

@@ -8,7 +8,16 @@ import torch
 from builders.sae import random
 from scipy.linalg import subspace_angles
 
-from dmsae_lib.distill.identity import compared, correlations, matched, span_overlap
+from dmsae_lib.distill.identity import (
+    Found,
+    compared,
+    correlations,
+    matched,
+    matching,
+    principal_cosines,
+    span_overlap,
+    turned,
+)
 
 
 def test_the_matching_is_the_best_of_all():
@@ -50,3 +59,26 @@ def test_correlations_against_numpy():
     expected = np.corrcoef(f.numpy().T, g.numpy().T)[:3, 3:]
     assert np.allclose(correlations(f, g).numpy(), expected, atol=1e-6)
     assert not correlations(torch.zeros(300, 1), g).any()  # a latent that never fires correlates with nothing
+
+
+def test_matching_by_activations_finds_the_permutation():
+    """Though a fifth of what fires is noise, and the other chain has latents of its own."""
+    f, order = random(500, 9, seed=11).relu(), torch.randperm(9, generator=torch.Generator().manual_seed(12))
+    g = torch.cat([f[:, order] + 0.2 * random(500, 9, seed=13).relu(), random(500, 4, seed=14).relu()], dim=1)
+    rows, columns = matching(correlations(f, g))
+    assert order[columns].tolist() == rows.tolist() == list(range(9))
+
+
+def test_a_turned_core_keeps_its_span_and_how_often_it_fires():
+    """Of a real agreement nothing is left but what the subspace gives."""
+    x = random(2000, 60, seed=15) + 0.5
+    rows = torch.linalg.qr(random(60, 8, seed=16)).Q.T
+    core = Found(rows, ((x - x.mean(0)) @ rows.T - 0.5).relu())
+    other = turned(core, x, torch.Generator().manual_seed(0))
+    assert torch.allclose(principal_cosines(rows, other.rows), torch.ones(8, dtype=torch.float64), atol=1e-4)
+    fires = [(one.f > 0).double().mean(0) for one in (core, other)]
+    assert torch.allclose(*fires, atol=2e-3)
+    found, same = (compared(core.rows, one.rows, core.f, one.f) for one in (other, core))
+    assert found["span"] == pytest.approx(1, abs=1e-4) and found["cosine"] < 0.8 < same["cosine"]
+    assert found["activation"] < 0.8 < same["activation"]
+    assert turned(Found(rows), x, torch.Generator().manual_seed(0)).f is None

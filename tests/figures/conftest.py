@@ -2,6 +2,7 @@
 
 import pytest
 from builders import factory
+from builders.asked import record
 from builders.published import identity, published, several_chains
 
 
@@ -19,4 +20,6 @@ def smoke(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def several(tmp_path_factory):
-    return published(tmp_path_factory.mktemp("several"), several_chains(), identity=identity())
+    return published(
+        tmp_path_factory.mktemp("several"), several_chains(), identity=identity(), asked=record()
+    )

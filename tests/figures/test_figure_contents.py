@@ -4,7 +4,7 @@ import shutil
 from statistics import fmean
 
 import pytest
-from builders import factory
+from builders import asked, factory
 from builders.published import REPLICATES, identity, published
 
 from dmsae_lib.config.sections import CONTROLS
@@ -85,7 +85,8 @@ def test_no_distilled_arm_leaves_its_panel_out(tmp_path):
     results = Results(published(tmp_path, config, scored=False))
     assert len(FIGURES["6_core_share_of_k"](results).axes) == 1
     left_out = [name for name, draw in FIGURES.items() if not draw(results)]
-    assert left_out == ["4_saebench_vs_l0", "11_paper_scale", "12_saebench_differences", "14_core_identity"]
+    scores, of_notebook_10 = ["4_saebench_vs_l0", "11_paper_scale", "12_saebench_differences"], left_out[4:]
+    assert left_out == [*scores, "14_core_identity", *of_notebook_10] and len(of_notebook_10) == 4
 
 
 def test_a_missing_table_is_named(full, tmp_path):
@@ -274,3 +275,49 @@ def test_figure_2_is_about_the_main_chain(several):
     (axes,) = FIGURES["2_core_by_origin"](Results(several)).axes
     totals = [sum(bars[t].get_height() for bars in axes.containers) for t in range(3)]
     assert totals == factory.SIZES[:3]
+
+
+def test_promised_and_measured_changes_are_the_candidates(several):
+    """A point for each by A and by IG, on one scale, and what is kept alone in the last cycle."""
+    *scatters, kept = FIGURES["15_does_a_mean_it"](Results(several)).axes
+    found = asked.record()["effects"]
+    for axes, row in zip(scatters, found, strict=True):
+        for key, marker in (("promised", "s"), ("ig_promised", "o")):
+            (line,) = [line for line in axes.lines if line.get_marker() == marker]
+            for drawn, name in ((line.get_xdata(), key), (line.get_ydata(), "measured")):
+                assert list(drawn) == pytest.approx([latent[name] for latent in row["latents"]])
+        assert axes.get_xlim() == axes.get_ylim()
+    values, last = [bar.get_width() for bar in kept.patches], found[-1]["kept"]
+    keys = ("mean_abs", "ig_mean_abs", "frequency", "abs_mean", "ablation_by_context")
+    assert values == pytest.approx([*(last[key] for key in keys), 2.0])  # the mean of the random draws
+
+
+def test_competition_shows_share_loss_and_frequency_of_every_arm(several):
+    share, loss, kept = FIGURES["18_open_competition"](Results(several)).axes
+    rows = [row for row in asked.competition() if row["arm"] != "none"]
+    for y, row in enumerate(rows):
+        marker, over = ARMS[row["arm"]][2], row["loss_increase_over_baseline"]
+        assert points(share, marker) == [(row["core_share"], y)] and points(loss, marker) == [
+            (over["value"], y)
+        ]
+        assert points(kept, marker) == ([] if row["frequency"] is None else [(row["frequency"], y)])
+        bars = [
+            line for line in loss.lines if len(line.get_xdata()) == 2 and list(line.get_ydata()) == [y, y]
+        ]
+        assert [list(line.get_xdata()) for line in bars] == [over["interval"]]
+
+
+def test_a_core_without_copies_beside_the_core_as_it_is(several):
+    (axes,) = FIGURES["16_duplicates"](Results(several)).axes
+    thick = {line.get_label(): list(line.get_ydata()) for line in axes.lines if line.get_linewidth() > 1}
+    assert thick["as it is"] == [28, 38, 48] and thick["rank"] == [17.5] * 3
+    assert thick["no two above .7"] == [20] * 3 and thick["no two above .9"] == [25] * 3
+
+
+def test_matches_are_curves_of_every_pair_and_kind(several):
+    axes = FIGURES["17_latents_or_subspace"](Results(several)).axes
+    for panel, key, kinds_drawn in zip(axes, ("cosines", "activations", "angles"), (4, 3, 4)):
+        thin = [line for line in panel.lines if line.get_linewidth() < 1]
+        assert len(thin) == 3 * kinds_drawn, key  # three pairs of chains; random rows have no activations
+    (cores,) = [line for line in axes[0].lines if line.get_label() == "distilled cores"]
+    assert [cores.get_ydata()[at] for at in (0, 50, 100)] == pytest.approx([0.6, 0.5, 0.4])

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from builders import factory
+from builders import asked, factory
 
 from dmsae_lib.config.sections import CONTROLS, UNFROZEN, Chain
 from dmsae_lib.report.equal_l0 import advantage, baseline_at
@@ -286,3 +286,29 @@ def test_gates_that_are_not_met_say_so(one_chain):
     ]
     head, *rows = table(results_page("x", one_chain | {"regime": gates}, MADE), "gate")
     assert rows == [["k / d_in", "0.500", "< 0.25, **not met**"], ["share", "0.700", "-"]]
+
+
+def test_what_notebook_10_found_has_a_section(several):
+    found = asked.record()
+    page = results_page("x", several, MADE, asked=found)
+    assert not re.search(r"\b(None|nan|Undefined)\b|\n\n\n|{[{%]", page) and "## What is a core?" in page
+    head, *rows = table(page, "score")  # of cycle 0
+    first = found["effects"][0]
+    assert [row[1] for row in rows] == [str(entry["size"]) for entry in first["sets"].values()]
+    assert [row[4] for row in rows] == [f"{first['kept'][name]:.3f}" for name in first["sets"]]
+    head, *rows = table(page, "rows")
+    assert [row[:2] for row in rows] == [
+        ["cores", "0.500"],
+        ["turned", "0.400"],
+        ["plain", "0.300"],
+        ["random", "0.200"],
+    ]
+    assert rows[3][3] == "-"
+    head, *rows = table(page.partition("## What is a core?")[2], "core")
+    assert len(rows) == len(found["competition"]["rows"])
+    pca = next(row for row in rows if row[0] == "principal components")
+    (known,) = (row for row in found["competition"]["rows"] if row["arm"] == "pca")
+    value, interval = (known["loss_increase_over_baseline"][key] for key in ("value", "interval"))
+    assert pca[5] == f"{value:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}]"
+    assert "Not trained when this was written: 1 SAEs." in page
+    assert "## What is a core?" not in results_page("x", several, MADE)

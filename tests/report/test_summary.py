@@ -7,13 +7,15 @@ import json
 import shutil
 
 import pytest
-from builders import factory
+from builders import asked, factory
 
 from dmsae_lib.config.sections import ARMS, CONTROLS, LONGER, Chain
 from dmsae_lib.report.layout import laid_out, readable
 from dmsae_lib.report.results import Results, validate
+from dmsae_lib.report.reviewers import QUESTIONS
 from dmsae_lib.report.stages import Stages
 from dmsae_lib.report.summary import _bare_model, summarise, write_summary
+from dmsae_lib.report.what_is_a_core import RECORD
 from dmsae_lib.saebench import Task
 from dmsae_lib.store import artifacts
 from dmsae_lib.store.artifacts import ArtifactError, UserError, load, write
@@ -335,3 +337,23 @@ def test_what_newer_harvests_say_of_the_model_is_told_and_older_ones_are_read(su
     record |= {"model": {"dtype": "bfloat16", "weights": "4-bit"}, "precision": {"loss_difference": -0.002}}
     found = _bare_model(record, {"train": 0.0, "test": 0.0})
     assert [found[name] for name in names] == [1.3, "bfloat16", -0.002, "4-bit"]
+
+
+def test_answers_that_notebook_10_gives_are_taken_in(small):
+    """R11 and R12 with their numbers, in the reviewers' order, and the record beside the summary; without the
+    stage neither is there."""
+    plain, known = summarise(small)["reviewers"], readable(asked.record())
+    harvest = load(small.folder / "harvest", "harvest").hash
+    with write(small.folder / "what_is_a_core" / "record", "what_is_a_core", {"harvest": harvest}) as writer:
+        writer.json(RECORD, asked.record())
+    folder = write_summary(small)
+    found = json.loads((folder / "summary.json").read_text())["reviewers"]
+    assert list(found) == [name for name in QUESTIONS if name in {*plain, "R11", "R12"}]
+    assert not {"R11", "R12"} & plain.keys() and json.loads((folder / RECORD).read_text()) == known
+    assert "in cycle 0 they sum to 101% of the loss" in found["R11"]["answer"]
+    assert "A to 25%" in found["R11"]["answer"] and found["R11"]["numbers"]["2"]["kept"]["mean_abs"] == 0.1
+    assert "6 of 12 (first prefix: 5), 24 of 48" in found["R12"]["answer"]
+    with write(small.folder / "what_is_a_core" / "record", "what_is_a_core", {"harvest": "0" * 64}) as writer:
+        writer.json(RECORD, asked.record())
+    with pytest.raises(ArtifactError, match="was made from another harvest"):
+        summarise(small)
