@@ -51,13 +51,12 @@ def _scatter(axes: Axes, row: Row) -> None:
     for name, key, colour, marker in (("A", "promised", A, "s"), ("IG", "ig_promised", IG, "o")):
         x, y = ([latent[at] for latent in row["latents"]] for at in (key, "measured"))
         pearson = row["agreement"][name]["pearson"]
-        label = "gradient x activation" if name == "A" else "integrated gradients"
-        shown = f"{label}, r = {pearson:.2f}" if pearson is not None else label
+        shown = f"{name}, r = {pearson:.2f}" if pearson is not None else name
         axes.plot(x, y, marker, markersize=4, label=shown, **style.face(colour))
     ends = [*axes.get_xlim(), *axes.get_ylim()]
     axes.axline((0, 0), slope=1, color=style.CHANCE, linewidth=1, linestyle="--", zorder=1)
     axes.set(xlim=(min(ends), max(ends)), ylim=(min(ends), max(ends)))
-    axes.set(xlabel="promised change of loss (nats per token)", ylabel="measured when ablated")
+    axes.set(xlabel="promised (nats per token)", ylabel="measured")
     axes.set_title(f"cycle {row['cycle']}, {row['candidates']} candidates")
     axes.legend(loc="upper left")
 
@@ -79,7 +78,7 @@ def ablation(results: Results | Unpublished, found: Row | None = None) -> Figure
     style.lanes(kept, [name for name, *_ in bars])
     kept.margins(x=0.22)
     kept.grid(False, axis="y")
-    kept.set(xlabel="loss without the others (nats)", ylabel="kept by")
+    kept.set(xlabel="loss increase (nats)", ylabel="kept by")
     kept.set_title(f"{last['kept_size']} of {last['candidates']} kept alone")
     caption = (
         "The change of the loss when a candidate of the first reconstruction is ablated, against what "
@@ -88,7 +87,12 @@ def ablation(results: Results | Unpublished, found: Row | None = None) -> Figure
         "alone, "
         "by what selected them, minus the loss with all."
     )
-    return style.finish(figure, results, caption, f"points: candidates; {last['tokens']} tokens, main chain")
+    return style.finish(
+        figure,
+        results,
+        caption,
+        f"A: gradient x activation, IG: integrated gradients; {last['tokens']} tokens",
+    )
 
 
 def duplicates(results: Results | Unpublished, found: Row | None = None) -> Figure:
@@ -184,13 +188,13 @@ def competition(results: Results | Unpublished, found: Row | None = None) -> Fig
             loss.plot(over["interval"], [y, y], color=colour, linewidth=1.2, marker="|", markersize=5)
         if over["value"] is not None:
             loss.plot([over["value"]], [y], marker=marker, **style.face(colour))
-    names = [ARMS[row["arm"]][0].partition(" (")[0].partition(",")[0] for row in rows]
+    names = [ARMS[row["arm"]][0].partition(" (")[0].format(times="n") for row in rows]
     style.lanes(share, [f"{name} ({row['saes']})" for name, row in zip(names, rows)])
     loss.axvline(0, color=ARMS["none"][1], linewidth=1, zorder=1)
     share.set_xlim(left=0)
     share.set(xlabel="core L0 / k", ylabel="frozen rows (SAEs)", title="share of the budget")
     loss.set(xlabel="nats, minus baseline", title="loss increase at equal L0")
-    kept.set(xlabel="correlation", title="frequency as in the cycle before")
+    kept.set(xlabel="correlation", title="frequencies kept")
     varied = next((row["loss_increase_over_baseline"]["varied"] for row in rows), "")
     n = [row["loss_increase_over_baseline"]["n"] for row in rows]
     over = (
