@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from dmsae_lib.config.sections import LONGER
 from dmsae_lib.figures import style
-from dmsae_lib.figures.house_style import MUTED, SMALL
+from dmsae_lib.figures.house_style import MUTED, OTHERS, SMALL
 from dmsae_lib.figures.style import DOUBLE, FVU, LOSS, SINGLE
 from dmsae_lib.report import series
 from dmsae_lib.report.equal_l0 import over_baseline
@@ -19,7 +19,6 @@ from dmsae_lib.report.results import Results, Row
 from dmsae_lib.report.series import ARMS, Look
 from dmsae_lib.report.verdicts import t_interval
 
-OTHERS = ("#333333", "#8a6d3b", "#6b4c9a", "#9a4c4c")  # of SAEs trained elsewhere
 MAIN = ("none", "distilled")
 PLAIN = {"loss_increase": LOSS, "fvu": FVU}
 
