@@ -131,10 +131,11 @@ def quality(results: Results) -> Figure:
     caption = (
         "Above: SAEs with the distilled core and without against total L0, the core counted. Below: those "
         "with a core, and controls that were trained at several k, minus the baseline of the same chain "
-        "(or, where it has none, of its seed's) and training seed at measured L0; the panel cuts intervals "
-        f"over two chains. {style.LOSS_IS} {style.FVU_IS}"
+        "(or, where it has none, of its seed's) and training seed at measured L0"
     )
-    return style.finish(figure, results, caption, style.bars_note(drawn))
+    note = style.bars_note(drawn)
+    caption += "; the panel cuts intervals over two chains." if "interval" in note else "."
+    return style.finish(figure, results, f"{caption} {style.LOSS_IS} {style.FVU_IS}", note)
 
 
 def coverage(results: Results) -> Figure:

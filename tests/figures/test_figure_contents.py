@@ -98,7 +98,7 @@ def test_what_default_shows_is_not_published_again(full, tmp_path):
     assert drawn == ["3", "6", "8", "10", "13"]
     assert "[those of `default`](../default/README.md)" in (tmp_path / "figures" / "README.md").read_text()
     shutil.rmtree(tmp_path / "results" / "default")
-    another = published(tmp_path / "k", factory.config(cycles=1, ks=(64, 96), seeds=(0,)))
+    another = published(tmp_path / "k", factory.config(cycles=1, ks=(64, 96), seeds=(0,), controls={}))
     shutil.copytree(another, tmp_path / "results" / "default")
     drawn = [
         path.stem.partition("_")[0] for path in draw_all(tmp_path / "results/other", tmp_path / "figures")
