@@ -148,7 +148,7 @@ def _reselected(axes: Axes, kind: Kind, m_0: int) -> None:
     axes.plot(cycles, even, color=style.CHANCE, linestyle="--", label="uniform selection", zorder=1)
     axes.set_ylim(-0.03, 1.03)
     style.cycle_axis(axes)
-    axes.set(ylabel="rows selected again (fraction)", title=f"{kind.name} core, {_chains(kind)}")
+    axes.set(ylabel="frozen rows selected again (fraction)", title=f"{kind.name} core, {_chains(kind)}")
 
 
 def reselected(results: Results) -> Figure:

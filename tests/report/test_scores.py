@@ -160,7 +160,8 @@ def test_a_page_and_a_figure_show_each_kind_of_core_beside_the_main_one(tmp_path
     figure = FIGURES["4_saebench_vs_l0"](Results(write_summary(run)))
     above, below = figure.axes[1], figure.axes[5]
     assert above.get_title(loc="left") == "full absorption\n↓ better"
-    drawn = {(line.get_marker(), line.get_ydata()[0]) for line in below.lines if len(line.get_xdata()) == 1}
+    marks = [line for line in below.lines if len(line.get_xdata()) == 1 and line.get_marker() != "None"]
+    drawn = {(line.get_marker(), line.get_ydata()[0]) for line in marks}
     looks = {None: ARMS["distilled"][2], "ReLU": OTHER_KINDS[0][1]}
     rows = [row for row in summary["differences"] if row["metric"] == FULL]
     assert len(rows) == 2 and drawn == {(looks[row["core"]], row["value"]) for row in rows}
