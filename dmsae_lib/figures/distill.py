@@ -1,5 +1,6 @@
-"""Figures of the distillation: core by origin, its share of k, re-selection, training curves, identity."""
+"""Figures of the distillation: core by origin, the chains, re-selection, training curves, identity."""
 
+from collections.abc import Callable
 from statistics import fmean
 
 import numpy as np
@@ -8,13 +9,17 @@ from matplotlib.figure import Figure
 
 from dmsae_lib.figures import style
 from dmsae_lib.figures.house_style import INK, MUTED, SMALL
-from dmsae_lib.figures.style import DOUBLE, SINGLE
+from dmsae_lib.figures.style import DOUBLE, FVU, SINGLE
 from dmsae_lib.report import series
 from dmsae_lib.report.results import Results, Row
 from dmsae_lib.report.series import ARMS, Kind
 
 SHARE_LIMIT = 0.75  # core L0 / k above which free latents are starved
-CURVES = {"fvu": "FVU (fraction)", "L0_core": "core L0 (latents per token)", "dead": "dead latents"}
+COURSE: dict[str, tuple[str, Callable[[Row], float]]] = {  # title: axis, what is drawn by cycle
+    "Size of the core": ("core latents", lambda row: row["core_out"]),
+    "Share of the budget k": ("core L0 / k (fraction)", lambda row: row["core_share"]),
+    "Loss increase": (style.better("nats per token", -1), lambda row: row["loss_increase"]["full"]),
+}
 MATCHES = {
     "cosine": "|cosine| of\nmatched encoder rows",
     "activation": "correlation of\nmatched activations",
@@ -39,7 +44,7 @@ def origins(results: Results) -> Figure:
     figure = style.new_figure(SINGLE, 2.9)
     axes = figure.subplots()
     for origin in cycles:
-        bars = {"color": colours[origin], "edgecolor": "white", "linewidth": 0.5}
+        bars = {"color": colours[origin], "edgecolor": MUTED, "linewidth": 0.4}
         axes.bar(cycles, counts[origin], 0.82, below[origin], **bars)
     for cycle, total in enumerate(totals):
         axes.text(cycle, total + 0.012 * tallest, str(total), ha="center", va="bottom", fontsize=SMALL)
@@ -47,15 +52,19 @@ def origins(results: Results) -> Figure:
     floor = 0.0
     for origin in cycles:
         if count := counts[origin, last]:
-            y = max(below[origin, last] + count / 2, floor)
-            colour = INK if origin > 0.6 * last else colours[origin]
-            axes.text(last + 0.52, y, f"cycle {origin}: {count}", va="center", fontsize=SMALL, color=colour)
+            middle = below[origin, last] + count / 2
+            y = max(middle, floor)
+            axes.plot([last + 0.43, last + 0.62], [middle, y], color=MUTED, linewidth=0.5, clip_on=False)
+            axes.text(last + 0.68, y, f"cycle {origin}: {count}", va="center", fontsize=SMALL)
             floor = y + 0.062 * tallest
     axes.set(xlim=(-0.6, last + 0.5), ylim=(0, 1.09 * tallest), xticks=cycles)
     axes.grid(False, axis="x")
     title = f"Core by cycle of first selection, k = {k}"
-    axes.set(xlabel="cycle", ylabel="core latents", title=title)
-    caption = "Core latents after each cycle, by the cycle of their first selection."
+    axes.set(xlabel="cycle", ylabel="core latents leaving the cycle", title=title)
+    caption = (
+        "Latents of the core that each cycle selects and hands on, by the cycle that selected them first; "
+        "above each bar the size of the core. (The bars of figure 1 are the L0 of the core that enters.)"
+    )
     which = "main distillation chain" if results.summary["chains"] else "one distillation chain"
     return style.finish(figure, results, caption, which)
 
@@ -71,33 +80,47 @@ def _lines(kinds: list[Kind]) -> str:
     return "one SAE per cycle and chain"
 
 
-def core_share(results: Results) -> Figure:
-    """Core L0 / k, per cycle and after distillation per k, for each kind of core."""
+def _limits(axes: Axes) -> None:
+    axes.axhline(1, color=INK, linewidth=0.9, zorder=1, label="1: the core alone reaches k")
+    starved = f"{SHARE_LIMIT}: little is left for free latents"
+    axes.axhline(SHARE_LIMIT, color=MUTED, linewidth=1, linestyle="--", zorder=1, label=starved)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+
+
+def chains(results: Results) -> Figure:
+    """Every chain: its core's size, share of k and cost by cycle, and the share of k after distillation."""
     kinds, k = series.kinds(results.summary), results.summary["sizes"]["k"]
     drawn = series.lines(results.summary, ["distilled"])
-    figure = style.new_figure(DOUBLE, 2.5)
-    panels = figure.subplots(1, 2 if drawn else 1, sharey=True, squeeze=False)[0]
-    left = panels[0]
-    for kind in kinds:
-        shares = [{row["cycle"]: row["core_share"] for row in rows} for rows in kind.chains.values()]
-        style.bundle(left, (f"{kind.name} core ({_chains(kind)})", kind.colour, kind.marker), shares)
-    style.cycle_axis(left)
-    left.set_title(f"While distilling, k = {k}")
-    for right in panels[1:]:
-        for look, rows in drawn:
-            style.curve(right, look, rows, lambda row: row["L0"]["core"] / row["k"], lambda row: row["k"])
-        style.l0_axis(right, sorted({row["k"] for _, rows in drawn for row in rows}))
-        right.set(xlabel="k", title="After distillation, by k")
-    starved = f"{SHARE_LIMIT}: little is left for free latents"
-    for axes in panels:
-        axes.axhline(1, color=INK, linewidth=0.9, zorder=1, label="1: the core alone reaches k")
-        axes.axhline(SHARE_LIMIT, color=MUTED, linewidth=1, linestyle="--", zorder=1, label=starved)
-        axes.set_ylabel("core L0 / k (fraction)")
-        axes.set_ylim(bottom=-0.06)
-    style.legend(figure, [left], ncols=2)
+    figure = style.new_figure(DOUBLE, 4.2)
+    *course, after = figure.subplots(2, 2).flat
+    for axes, (title, (name, value)) in zip(course, COURSE.items()):
+        for kind in kinds:
+            found = [{row["cycle"]: value(row) for row in rows} for rows in kind.chains.values()]
+            style.bundle(axes, (f"{kind.name} core ({_chains(kind)})", kind.colour, kind.marker), found)
+        style.cycle_axis(axes)
+        axes.set(title=f"{title}, while distilling at k = {k}", ylabel=name)
+    course[0].set_ylim(bottom=0)
+    _limits(course[1])
+    for look, rows in drawn:
+        style.curve(after, look, rows, lambda row: row["L0"]["core"] / row["k"], lambda row: row["k"])
+    if drawn:
+        style.l0_axis(after, sorted({row["k"] for _, rows in drawn for row in rows}))
+        after.set(
+            xlabel="k", ylabel="core L0 / k (fraction)", title="Share of k in new SAEs, after distillation"
+        )
+        _limits(after)
+    else:
+        after.remove()
+    style.legend(figure, course[:2], ncols=2)
+    caption = (
+        "The course of each kind of core. Size of the core that a cycle selects; share of the L0 budget k "
+        "that the core in that cycle's SAE takes (cycle 0 has none); loss increase of that SAE; and the "
+        f"share that the final core takes in new SAEs at other k. {style.LOSS_IS}"
+    )
     note = _lines(kinds)
-    varied = f"left: {note}; right: {style.bars_note(drawn)}" if drawn else note
-    return style.finish(figure, results, "Share of the L0 budget k that the core takes.", varied)
+    return style.finish(
+        figure, results, caption, f"{note}; by k: {style.bars_note(drawn)}" if drawn else note
+    )
 
 
 def with_placebos(results: Results) -> list[Kind]:
@@ -125,17 +148,17 @@ def _reselected(axes: Axes, kind: Kind, m_0: int) -> None:
     axes.plot(cycles, even, color=style.CHANCE, linestyle="--", label="uniform selection", zorder=1)
     axes.set_ylim(-0.03, 1.03)
     style.cycle_axis(axes)
-    axes.set(ylabel="frozen rows kept (fraction)", title=f"{kind.name} core, {_chains(kind)}")
+    axes.set(ylabel="selected again (fraction)", title=f"{kind.name} core, {_chains(kind)}")
 
 
 def reselected(results: Results) -> Figure:
     """Share of the frozen rows that is selected again, for cores and for placebo rows."""
     kinds = with_placebos(results)
-    figure = style.new_figure(DOUBLE if len(kinds) > 1 else SINGLE * 1.4, 2.9)
+    figure = style.new_figure(DOUBLE, 2.4)
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds):
         _reselected(axes, kind, results.summary["sizes"]["prefixes"][0])
-    style.legend(figure, panels, ncols=2)
+    style.legend(figure, panels, ncols=1, loc="outside right center")
     caption = (
         "Share of the frozen rows that the next selection takes again, for the core and for placebo chains "
         "of as many rows: those of them that were selected again, and new ones that nothing selected. "
@@ -145,27 +168,33 @@ def reselected(results: Results) -> Figure:
 
 
 def training(results: Results) -> Figure:
-    """Training curves of every cycle."""
+    """Training curves of the first SAE, the first one with a core, and the last."""
     import pandas as pd
 
     history = pd.DataFrame(results.table("history_cycles.csv")).astype(float)
     last, k = results.summary["sizes"]["n_cycles"], results.summary["sizes"]["k"]
-    unit, name = (1e6, "million") if history["tokens"].max() > 2e6 else (1e3, "thousand")
-    figure = style.new_figure(DOUBLE, 2.4)
-    panels = figure.subplots(1, 3)
-    for axes, (column, title) in zip(panels, CURVES.items()):
-        for cycle, mine in history.groupby("cycle"):
-            look = {"color": style.cycle_colour(cycle, last), "linewidth": 1, "label": f"{cycle:.0f}"}
-            axes.plot(mine["tokens"] / unit, mine[column], **look)
-        axes.set(xlabel=f"tokens ({name})", ylabel=title)
-    style.log_y(panels[0])
-    panels[1].axhline(k, color=INK, linewidth=0.9, linestyle="--")
-    place = {"xycoords": panels[1].get_yaxis_transform(), "textcoords": "offset points"}
-    panels[1].annotate(f"k = {k}", (1, k), (0, -2), **place, ha="right", va="top", fontsize=SMALL)
-    right = {"loc": "outside right center", "title": "cycle", "title_fontsize": SMALL, "handlelength": 1.2}
-    style.legend(figure, panels[:1], ncols=1, **right)
-    caption = "Training curves of every cycle's SAE, on training batches."
-    return style.finish(figure, results, caption, "main chain, one run per cycle")
+    core = ARMS["distilled"][1]
+    shown = {0: (ARMS["none"][1], "-"), 1: (core, (0, (3, 1))), last: (core, "-")}
+    figure = style.new_figure(DOUBLE, 2.3)
+    left, right = figure.subplots(1, 2)
+    for axes, column in ((left, "fvu"), (right, "L0_core")):
+        for cycle, (colour, dash) in shown.items():
+            mine = history[(history["cycle"] == cycle) & (history["tokens"] > 0)]
+            label = f"cycle {cycle}, with a core" if cycle else "cycle 0, no core"
+            axes.plot(mine["tokens"], mine[column], color=colour, linestyle=dash, label=label)
+        axes.set(xlabel="training tokens", xscale="log")
+    left.set(ylabel=style.better(FVU, -1))
+    style.log_y(left)
+    right.set(ylabel="core L0\n(active latents per token)")
+    right.axhline(k, color=INK, linewidth=0.9, linestyle="--")
+    place = {"xycoords": right.get_yaxis_transform(), "textcoords": "offset points"}
+    right.annotate(f"k = {k}", (0, k), (3, -2), **place, va="top", fontsize=SMALL)
+    style.legend(figure, [left], ncols=3)
+    caption = (
+        "Training without a core (cycle 0), with the first one and with the last one: FVU and the core's L0 "
+        f"on training batches, both axes of FVU logarithmic. {style.FVU_IS}"
+    )
+    return style.finish(figure, results, caption, "main chain, one SAE per cycle")
 
 
 def _lane(axes: Axes, y: int, rows: list[Row], metric: str, arm: str) -> None:

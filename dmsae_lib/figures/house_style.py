@@ -9,6 +9,7 @@ import matplotlib
 DPI = 200
 INK, MUTED = "#222222", "#5f5f5f"
 SMALL = 7  # points; nothing is smaller
+OTHERS = ("#333333", "#9a4c4c", "#8a6d3b", "#6b4c9a", "#9a9a9a")  # of what is no arm, as arms have their own
 
 
 def house_style() -> None:
@@ -19,6 +20,7 @@ def house_style() -> None:
     matplotlib.rc("text", color=INK)
     matplotlib.rc("axes", titlesize=8, labelsize=8, titlelocation="left", edgecolor=MUTED, labelcolor=INK)
     matplotlib.rc("axes", grid=True, axisbelow=True)
+    matplotlib.rc("axes", prop_cycle=matplotlib.cycler(color=OTHERS))
     matplotlib.rc("axes.spines", top=False, right=False)
     matplotlib.rc(("xtick", "ytick"), labelsize=SMALL, color=INK)
     matplotlib.rc("grid", color="#e4e4e4", linewidth=0.6)

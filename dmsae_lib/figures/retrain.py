@@ -6,24 +6,21 @@ from itertools import cycle, pairwise
 from operator import itemgetter
 from statistics import fmean
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from dmsae_lib.config.sections import LONGER
 from dmsae_lib.figures import style
-from dmsae_lib.figures.house_style import SMALL
-from dmsae_lib.figures.style import DOUBLE
+from dmsae_lib.figures.house_style import MUTED, OTHERS, SMALL
+from dmsae_lib.figures.style import DOUBLE, FVU, LOSS, SINGLE
 from dmsae_lib.report import series
 from dmsae_lib.report.equal_l0 import over_baseline
 from dmsae_lib.report.results import Results, Row
 from dmsae_lib.report.series import ARMS, Look
 from dmsae_lib.report.verdicts import t_interval
 
-OTHERS = ("#333333", "#8a6d3b", "#6b4c9a", "#9a4c4c")  # of SAEs trained elsewhere
-PLAIN = {"loss_increase": "loss increase (nats per token)", "fvu": "FVU (fraction)"}
-MOST_COVERAGES = 10  # rows of the heat map
+MAIN = ("none", "distilled")
+PLAIN = {"loss_increase": LOSS, "fvu": FVU}
 
 
 def _rows(group: list[Row]) -> str:
@@ -45,26 +42,35 @@ def _arm(axes: Axes, y: int, look: Look, group: list[Row], metric: str) -> None:
         axes.plot([row[metric]], [y - 0.12], marker=marker, markersize=4.5, **face)
 
 
+def _at_distillation_k(results: Results) -> list[tuple[Look, list[Row]]]:
+    k, main = results.summary["sizes"]["k"], series.kinds(results.summary)[0]
+    arms = [arm for arm in ARMS if arm not in LONGER]
+    return series.lines(results.summary, arms, lambda row: row["k"] == k and row["chain"] in main.chains)
+
+
+def controlled(results: Results) -> bool:
+    """Whether any SAE has another core than the distilled one at the distillation k."""
+    return any(row["arm"] not in MAIN for _, rows in _at_distillation_k(results) for row in rows)
+
+
 def controls(results: Results) -> Figure:
     """Loss increase and FVU of the distilled core and its controls at the distillation k."""
-    k = results.summary["sizes"]["k"]
-    arms = [arm for arm in ARMS if arm not in LONGER]
-    main = series.kinds(results.summary)[0]
-    drawn = series.lines(results.summary, arms, lambda row: row["k"] == k and row["chain"] in main.chains)
+    drawn, k = _at_distillation_k(results), results.summary["sizes"]["k"]
     figure = style.new_figure(DOUBLE, 0.9 + 0.31 * max(len(drawn), 4))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (metric, name) in zip(panels, PLAIN.items()):
         for y, (look, group) in enumerate(drawn):
             _arm(axes, y, look, group, metric)
         style.lanes(axes, [f"{label}\n{_rows(group)}" for (label, *_), group in drawn])
-        axes.set_xlabel(name)
-        axes.locator_params(axis="x", nbins=6)
+        axes.set_xlabel(style.better(name, -1))
+        axes.locator_params(axis="x", nbins=5)
         axes.margins(x=0.08)
     panels[0].set(ylabel="core", title=f"Distilled against other cores of equal size, k = {k}")
     caption = (
-        f"Loss increase and FVU at k = {k} with the distilled core ({main.name}, like its controls), with "
-        "cores drawn in other ways, unfrozen from the same start, and with none. Rank: participation rank of "
-        "the core's encoder rows; L0: active core latents of all active ones."
+        f"SAEs at k = {k} with the distilled core ({series.kinds(results.summary)[0].name}, like its "
+        "controls), with cores drawn in other ways, unfrozen from the same start, and with none. Rank: "
+        "participation rank of the core's encoder rows; L0: active core latents of all active ones. "
+        f"{style.LOSS_IS} {style.FVU_IS}"
     )
     return style.finish(figure, results, caption, f"points: one SAE each; {style.bars_note(drawn, 'ticks')}")
 
@@ -77,73 +83,91 @@ def imported(axes: Axes, results: Results, value: Callable[[Row], float | None])
             axes.plot([row["L0"]], [y], label=row["name"], **star)
 
 
+def _name_unbound(axes: Axes, rows: list[Row], metric: str) -> None:
+    """Say beside the hollow markers of an arm what they are."""
+    if unbound := [row for row in rows if row["unbound"]]:
+        ks = ", ".join(str(k) for k in sorted({row["k"] for row in unbound}))
+        place = fmean(map(style.total_l0, unbound)), fmean(row[metric] for row in unbound)
+        text = f"k = {ks}: the core\nalone exceeds k"
+        left = place[0] > fmean(axes.get_xlim())
+        how = {"ha": "right" if left else "left", "va": "center", "fontsize": SMALL, "color": MUTED}
+        axes.annotate(text, place, (-7 if left else 7, 0), textcoords="offset points", **how)
+
+
 def quality(results: Results) -> Figure:
-    """Loss increase and FVU against total L0, every arm; and below, above the baseline at equal L0."""
-    drawn = series.lines(results.summary)
+    """Loss increase and FVU against total L0; below, minus the baseline at equal L0, with the controls."""
+    several = len({row["k"] for row in results.summary["retrain"]}) > 1
+    drawn = [  # controls that were trained at one k alone are in figure 3
+        (look, rows)
+        for look, rows in series.lines(results.summary)
+        if rows[0]["arm"] in MAIN or not several or len(series.by_k(rows)) > 1
+    ]
     ks = sorted({row["k"] for _, rows in drawn for row in rows})
     baselines = series.baselines(results.summary)
     compared = [(look, rows) for look, rows in drawn if rows[0]["arm"] != "none"]
     # between two arms
-    aside = min((b / a for a, b in pairwise(ks)), default=2) ** (0.4 / max(len(compared), 1))
-    figure = style.new_figure(DOUBLE, 6.2)
+    aside = min(min((b / a for a, b in pairwise(ks)), default=2) ** (0.6 / max(len(compared), 1)), 1.07)
+    figure = style.new_figure(DOUBLE, 4.6)
     for (above, below), (metric, name) in zip(figure.subplots(2, 2).T, PLAIN.items()):
         for look, rows in drawn:
-            style.curve(above, look, rows, itemgetter(metric))
+            if rows[0]["arm"] in MAIN:
+                style.curve(above, look, rows, itemgetter(metric))
         imported(above, results, itemgetter(metric))
         style.l0_axis(above, ks)
         style.log_y(above)
-        above.set(xlabel="measured total L0 (core included)", ylabel=name)
+        above.set(title=name, xlabel="measured total L0 (core included)")
+        above.set_ylabel(style.better(name.partition(" (")[0], -1))
+        for _, rows in drawn:
+            _name_unbound(above, rows, metric)
         for at, (look, rows) in enumerate(compared):
             gain = partial(over_baseline, baselines=baselines, metric=metric)
-            shift = aside ** ((at + 1) // 2 * (-1) ** at)
-            style.curve(below, look, rows, gain, lambda row, shift=shift: row["k"] * shift)
+            shift, joined = aside ** (at - (len(compared) - 1) / 2), rows[0]["arm"] in MAIN
+            style.curve(below, look, rows, gain, lambda row, shift=shift: row["k"] * shift, joined)
         below.axhline(0, color=ARMS["none"][1], linewidth=1, zorder=1)
         style.l0_axis(below, ks)
-        below.set_xlim(0.82 * ks[0], 1.22 * ks[-1])
-        below.set(xlabel="k (arms side by side)", ylabel=f"{name.partition(' (')[0]}, minus baseline")
-    style.legend(figure, figure.axes[:1], ncols=3)
+        below.set(xlabel="k (arms side by side)" if len(compared) > 1 else "k")
+        below.set_ylabel(style.better("minus baseline", -1))
+    style.legend(figure, [figure.axes[0], figure.axes[2]], ncols=3)
     caption = (
-        "Loss increase and FVU against total L0, the core counted, for every arm; below, minus the baseline "
-        "of the same chain (or, where it has none, of its seed's) and training seed at measured L0."
+        "Above: SAEs with the distilled core and without against total L0, the core counted. Below: those "
+        "with a core, and controls that were trained at several k, minus the baseline of the same chain "
+        "(or, where it has none, of its seed's) and training seed at measured L0"
     )
-    return style.finish(figure, results, caption, style.bars_note(drawn))
+    note = style.bars_note(drawn)
+    caption += "; the panel cuts intervals over two chains." if "interval" in note else "."
+    return style.finish(figure, results, f"{caption} {style.LOSS_IS} {style.FVU_IS}", note)
 
 
-def _coverage_panel(axes: Axes, rows: list[Row], coverages: list[float], ks: list[int], title: str) -> None:
-    import pandas as pd
-
-    sizes = pd.DataFrame(rows).pivot_table("size", "coverage", "k").reindex(index=coverages, columns=ks)
-    image = axes.imshow(sizes, cmap="cividis", aspect="auto")
-    for (y, x), size in np.ndenumerate(sizes.to_numpy()):
-        if not np.isnan(size):
-            colour = "black" if image.norm(size) > 0.5 else "white"
-            axes.text(x, y, f"{size:.0f}", color=colour, ha="center", va="center", fontsize=SMALL)
-    low, high = (f(row["candidates"] for row in rows) for f in (min, max))
-    axes.set_title(f"{title}, {low if low == high else f'{low}-{high}'} candidates")
-    axes.set_xticks(range(len(ks)), ks)
-    axes.set_yticks(range(len(coverages)), [f"{100 * c:g} %" for c in coverages])
-    axes.set(xlabel="k", ylabel="coverage of the attribution")
-    axes.grid(False)
-    ticks = MaxNLocator(6, integer=True)
-    axes.figure.colorbar(image, ax=axes, label="latents selected", pad=0.02, ticks=ticks)
-
-
-def heatmap(results: Results) -> Figure:
+def coverage(results: Results) -> Figure:
     """Size of the core that a coverage would select, by k."""
     rows, used = results.summary["heatmap"], results.summary["sizes"]["coverage"]
-    arms = [arm for arm in ("none", "distilled") if any(row["arm"] == arm for row in rows)]
-    figure = style.new_figure(DOUBLE, 3.1)
-    panels = figure.subplots(1, max(len(arms), 1), squeeze=False)[0]
-    if not arms:
-        style.missing(panels[0], "coverage curves: not run")
     ks = sorted({row["k"] for row in rows})
-    found = sorted({row["coverage"] for row in rows}, reverse=True)
-    every = 1 + (len(found) - 1) // MOST_COVERAGES
-    coverages = [c for i, c in enumerate(found) if i % every == 0 or c == used]
-    for axes, arm in zip(panels, arms):
+    dashes = {ks[0]: (0, (3, 1)), ks[-1]: "-"}  # those between are thin
+    figure = style.new_figure(SINGLE, 2.7)
+    axes = figure.subplots()
+    for arm in ("none", "distilled"):
         mine = [row for row in rows if row["arm"] == arm]
-        _coverage_panel(axes, mine, coverages, ks, series.label(arm, results.summary))
+        _, colour, marker = ARMS[arm]
+        for k, of in series.by_k(mine).items():
+            shares = sorted({row["coverage"] for row in of})
+            sizes = [fmean(row["size"] for row in of if row["coverage"] == share) for share in shares]
+            look = {
+                "color": colour,
+                "linestyle": dashes.get(k, "-"),
+                "linewidth": 1.3 if k in dashes else 0.5,
+            }
+            look |= {"marker": marker, "markersize": 4} if k == ks[-1] else {}
+            label = series.label(arm, results.summary) if k == ks[-1] else None
+            axes.plot([100 * share for share in shares], sizes, label=label, **look, **style.face(colour))
+    for k, dash in dashes.items():
+        axes.plot([], [], color=MUTED, linestyle=dash, label=f"k = {k}")
+    axes.axvline(100 * used, color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
+    axes.set(xlabel="coverage of the attribution (%)", ylabel="latents needed", ylim=(0, None))
+    style.legend(figure, [axes], ncols=2)
     seeds = len({row["seed"] for row in rows})
-    caption = "Latents needed to reach a share of the total attribution, by k; candidates: core and prefix 0."
+    caption = (
+        "The fewest latents that hold a share of the attribution, among the candidates of an SAE (its core "
+        "and prefix 0), for each k; upright: the coverage that selects a core."
+    )
     many = f"mean over {seeds} training seeds of the main chain"
     return style.finish(figure, results, caption, many if seeds > 1 else "main chain, one training seed")

@@ -1,152 +1,140 @@
-"""Figures of SAEBench: its curves, DMSAE minus baseline, and the released SAEs at paper scale."""
+"""Figures of SAEBench: scores against L0, and DMSAE minus baseline."""
 
+import textwrap
 from functools import partial
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dmsae_lib.figures import style
-from dmsae_lib.figures.house_style import MUTED, SMALL
-from dmsae_lib.figures.retrain import imported
+from dmsae_lib.figures.house_style import MUTED
+from dmsae_lib.figures.retrain import PLAIN, imported
 from dmsae_lib.figures.style import DOUBLE
 from dmsae_lib.report import series
 from dmsae_lib.report.equal_l0 import score
 from dmsae_lib.report.results import Results, Row
 
-SCORES = {
-    "ce_loss_score": "CE loss score (fraction)",
-    "explained_variance_legacy": "explained variance (fraction)",
-    "probe_top1": "probing accuracy, top 1",
-    "probe_top5": "probing accuracy, top 5",
+SCORES = {  # metrics that have a panel against L0: label, and which way is better
+    "ce_loss_score": ("CE loss score", 1),
+    "absorption.mean_full_absorption_score": ("full absorption", -1),
+    "probe_top1": ("sparse probing, top 1", 1),
+    "probe_top5": ("sparse probing, top 5", 1),
 }
 PROBES = (("dense", "dense probe", (0, (4, 2))), ("best_channel", "best residual channel", (0, (1, 1.5))))
-BETTER = {1: "higher is better", -1: "lower is better", 0: "neither is better"}
-AGAIN = {"color": "#c4c4c4", "linewidth": 3.2}  # interval over evaluation seeds
-REFERENCE = "reference/saebench_gemma-2-2b_65k.csv"  # below results/; its README says who measured it
-PAPER_MODEL = "google/gemma-2-2b"
-RELEASED = {
-    "matryoshka": ("Matryoshka", "o", "-"),
-    "batchtopk": ("BatchTopK", "s", "-"),
-    "topk": ("TopK", "^", "--"),
-    "jumprelu": ("JumpReLU", "D", "--"),
-    "gated": ("gated", "v", ":"),
-    "panneal": ("p-anneal", "P", ":"),
-    "standard": ("ReLU", "X", ":"),
-}
+AGAIN = {"color": "#c4c4c4", "linewidth": 3.5, "solid_capstyle": "butt"}  # interval over evaluation seeds
+BETTER = {1: "↑ better", -1: "↓ better", 0: "neither is better"}
+PANELS = 4  # in a row
 
 
-def scored(results: Results) -> bool:
-    return any(row["saebench"] for row in results.summary["retrain"])
+def scored(results: Results) -> list[Row]:
+    """The SAEs that SAEBench scored."""
+    return [row for row in results.summary["retrain"] if row["saebench"]]
 
 
-def scores(results: Results) -> Figure:
-    """SAEBench metrics against measured L0, DMSAE and baseline."""
-    drawn = series.lines(results.summary, ["none", "distilled"], lambda row: row["saebench"])
-    probing = results.summary["probing_baselines"]
-    figure = style.new_figure(DOUBLE, 4.6)
-    panels = figure.subplots(2, 2).flat
-    for axes, (metric, name) in zip(panels, SCORES.items()):
-        found = [style.curve(axes, look, rows, partial(score, metric=metric)) for look, rows in drawn]
-        if not any(found):
-            style.missing(axes, f"{name}: not run")
-            continue
-        imported(axes, results, partial(score, metric=metric))
-        style.l0_axis(axes, sorted({row["k"] for _, rows in drawn for row in rows}))
-        axes.set_ylabel(name)
-        axes.margins(y=0.12)
-        for key, reference, line in PROBES if metric.startswith("probe_") and probing else ():
-            axes.axhline(probing[key], color=MUTED, linewidth=1, linestyle=line, label=reference)
-    style.legend(figure, figure.axes, ncols=4)
-    caption = (
-        "SAEBench scores against measured L0, with and without the distilled core. "
-        "Explained variance is SAEBench's older formula: the newer one subtracts the wrong mean."
-    )
-    return style.finish(figure, results, caption, style.bars_note(drawn))
+def _titled(axes: Axes, name: str, direction: int) -> None:
+    """A narrow panel's title, and which way is better."""
+    axes.set_title("\n".join([*textwrap.wrap(name, 22), BETTER[direction]]))
 
 
-def _lane_label(row: Row) -> str:
-    return f"{row['label']}{' †' * row['doubted']}\n({BETTER[row['better']]})"
+def of_main_chain(results: Results) -> bool:
+    return {row["chain"] for row in scored(results)} <= {"main"}
 
 
-def differences(results: Results) -> Figure:
-    """DMSAE minus baseline for every headline metric and k, one panel per kind of core."""
-    rows, by_core = results.summary["differences"], series.differences(results.summary)
-    ks, labels = sorted({row["k"] for row in rows}), list(dict.fromkeys(map(_lane_label, rows)))
-    colours = {k: style.cycle_colour(at, len(ks) - 1) for at, k in enumerate(ks)}
-    name = "DMSAE minus Matryoshka baseline at measured L0 (fractions of 1; loss increase: nats)"
-    point: dict[str, Any] = {"marker": "o", "markersize": 3.6}
-    figure = style.new_figure(DOUBLE, 0.9 + len(labels) * (0.16 + 0.07 * len(ks)))
-    narrow = len(by_core) > 1
-    panels = figure.subplots(1, len(by_core), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, core in zip(panels, by_core):
-        axes.axvline(0, color=MUTED, linewidth=0.8)
-        axes.set_title(f"{core} core" if narrow else "", fontsize=SMALL)
-    for axes, row in [(axes, row) for axes, mine in zip(panels, by_core.values()) for row in mine]:
-        y = labels.index(_lane_label(row)) + 0.7 * ((ks.index(row["k"]) + 0.5) / len(ks) - 0.5)
-        colour = colours[row["k"]]
-        if row["evaluation"] and row["evaluation"]["interval"]:
-            axes.plot(row["evaluation"]["interval"], [y, y], solid_capstyle="butt", zorder=2, **AGAIN)
-        if row["interval"]:
-            axes.plot(row["interval"], [y, y], color=colour, linewidth=1.1, zorder=3)
-        axes.plot([row["value"]], [y], zorder=4, **point, **style.face(colour, row["sign"] == "?"))
-    for axes in panels:
-        style.lanes(axes, labels, fontsize=SMALL)
-        axes.set_xlabel(name.replace(" (", "\n(") if narrow else name)
-        if narrow:
-            axes.locator_params(axis="x", nbins=5)
-    axes = panels[0]
-    for k in ks:
-        axes.plot([], [], color=colours[k], label=f"k = {k}", **point)
-    if again := any(row["evaluation"] for row in rows):
-        axes.plot([], [], label="evaluation seeds", **AGAIN)
-    axes.set_ylabel("metric")
-    style.legend(figure, [axes], ncols=min(len(ks) + 1, 7))
-    whose = "the main chain's core" if len(by_core) == 1 else f"{' and '.join(by_core)} cores"
-    caption = (
-        f"SAEs with {whose} minus the Matryoshka baseline, paired by training seed; "
-        "hollow where no interval excludes 0."
-    )
-    if again:
+def _difference(axes: Axes, summary: Row, metric: str) -> list[Row]:
+    """DMSAE minus baseline by k for each kind of core: mean, its interval, and that over evaluation seeds."""
+    kinds, drawn = {kind.name: kind for kind in series.kinds(summary)}, []
+    by_core = series.differences(summary)
+    for at, (core, rows) in enumerate(by_core.items()):
+        kind, rows = kinds[core], [row for row in rows if row["metric"] == metric]
+        places = [row["k"] * 1.2 ** (at - (len(by_core) - 1) / 2) for row in rows]  # side by side
+        for x, row in zip(places, rows):
+            if again := row["evaluation"]:
+                style.whisker(axes, x, again["interval"], again["n"], zorder=1, **AGAIN)
+            bar = {"color": kind.colour, "linewidth": 1, "marker": "_", "markersize": 4, "zorder": 3}
+            style.whisker(axes, x, row["interval"], row["n"], **bar)
+            axes.plot([x], [row["value"]], marker=kind.marker, zorder=4, **style.face(kind.colour))
+        axes.plot(places, [row["value"] for row in rows], color=kind.colour, zorder=2)
+        drawn += rows
+    axes.axhline(0, color=series.ARMS["none"][1], linewidth=1, zorder=1)
+    return drawn
+
+
+def _finish(figure: Figure, results: Results, caption: str, rows: list[Row]) -> Figure:
+    """With the words on what the differences' ``rows`` have: evaluation seeds, doubts, intervals."""
+    if any(row["evaluation"] for row in rows):
         over = "evaluation seeds (texts, splits and probes) for the first training seed, at equal k"
         caption += f" Grey: 95 % t interval over {over}."
     if any(row["doubted"] for row in rows):
-        caption += " †: unreliable by an audit (arXiv 2605.18229)."
-    if over := series.varied(row for row in rows if row["interval"]):
-        return style.finish(figure, results, caption, f"points: mean, bars: 95 % t interval over {over}")
-    return style.finish(figure, results, caption, "one training seed, no error bars")
+        caption += " †: unreliable by an audit (arXiv 2605.18229), or counts outliers."
+    over = series.varied(row for row in rows if row["interval"])
+    bars = f"differences: mean, bars: 95 % t interval over {over}"
+    return style.finish(figure, results, caption, bars if over else "one training seed, no error bars")
 
 
-def reference(results: Results) -> list[Row]:
-    """{architecture, trainer, l0, loss_recovered} of the released SAEs, by L0; [] where the results are of
-    another model, or the file is not beside them."""
-    import pandas as pd
-
-    path = results.folder.parent / REFERENCE
-    if results.summary["inputs"]["model"]["name"] != PAPER_MODEL or not path.is_file():
-        return []
-    table = pd.read_csv(path, dtype={"trainer": str})
-    table["metric"] = table["metric"].str.removeprefix("core.")
-    saes = table.pivot(index=["architecture", "trainer"], columns="metric", values="value").reset_index()
-    return saes[saes["architecture"].isin(RELEASED)].sort_values("l0").to_dict("records")
-
-
-def paper_scale(results: Results) -> Figure:
-    """Loss that is not recovered against L0: a run on Gemma-2-2B in front of its released SAEs."""
-    released = reference(results)
-    drawn = series.lines(results.summary, wanted=lambda row: row["saebench"])
-    figure = style.new_figure(DOUBLE, 3.4)
-    axes = figure.subplots()
-    behind = {"color": "#8c8c8c", "markersize": 3.5, "linewidth": 0.9, "zorder": 1}
-    for name, (label, marker, line) in RELEASED.items():
-        saes = [(row["l0"], 1 - row["loss_recovered"]) for row in released if row["architecture"] == name]
-        axes.plot(*zip(*saes), marker=marker, linestyle=line, label=f"released {label}", **behind)
-    for look, rows in drawn:
-        style.curve(axes, look, rows, lambda row: 1 - row["saebench"]["ce_loss_score"])
-    axes.set(xscale="log", yscale="log")
-    axes.set(xlabel="measured L0 (active latents per token)", ylabel="1 - CE loss score")
-    style.legend(figure, [axes], ncols=3)
+def scores(results: Results) -> Figure:
+    """SAEBench metrics against measured L0, and DMSAE minus baseline."""
+    summary = results.summary
+    drawn = series.lines(summary, ["none", "distilled"], lambda row: row["saebench"])
+    ks = sorted({row["k"] for _, rows in drawn for row in rows})
+    shown = [metric for metric in SCORES if any(score(row, metric) is not None for row in scored(results))]
+    compared: list[Row] = []
+    figure = style.new_figure(DOUBLE, 3.6)
+    panels = figure.subplots(2, len(shown), squeeze=False, sharex=True)
+    for (above, below), metric in zip(panels.T, shown):
+        name, direction = SCORES[metric]
+        for look, rows in drawn:
+            style.curve(above, look, rows, partial(score, metric=metric), intervals=False)
+        imported(above, results, partial(score, metric=metric))
+        for key, reference, line in PROBES if metric.startswith("probe_") else ():
+            if probing := summary["probing_baselines"]:
+                above.axhline(probing[key], color=MUTED, linewidth=1, linestyle=line, label=reference)
+        mine = _difference(below, summary, metric)
+        _titled(above, name + " †" * any(row["doubted"] for row in mine), direction)
+        compared += mine
+        for axes, label in ((above, ""), (below, "k")):
+            style.l0_axis(axes, ks)
+            axes.set_xlabel(label)
+    panels[0, 0].set_ylabel("score (fraction)")
+    panels[1, 0].set_ylabel("minus baseline")
+    style.legend(figure, panels[0], ncols=4)
     caption = (
-        "Gemma-2-2B, block 12: released SAEs of width 65,536, measured by a third party "
-        "(results/reference), behind ours."
+        "SAEBench with the distilled core and without. Above: mean scores against measured L0 (active "
+        "latents per token, core included). Below: DMSAE minus the Matryoshka baseline, paired by chain and "
+        "training seed, at measured L0."
     )
-    return style.finish(figure, results, caption, style.bars_note(drawn))
+    return _finish(figure, results, caption, compared)
+
+
+def others(results: Results) -> list[str]:
+    """Metrics that are compared and have no panel in figures 4 and 8."""
+    metrics = dict.fromkeys(row["metric"] for row in results.summary["differences"])
+    return [metric for metric in metrics if metric not in SCORES and metric not in PLAIN]
+
+
+def differences(results: Results) -> Figure:
+    """DMSAE minus baseline in every other headline metric, an axis each."""
+    shown, rows = others(results), results.summary["differences"]
+    height = -(-len(shown) // PANELS)
+    figure = style.new_figure(DOUBLE, 0.7 + 1.6 * height)
+    panels = list(figure.subplots(height, PANELS, squeeze=False).flat)
+    ks, compared = sorted({row["k"] for row in rows}), list[Row]()
+    for axes, metric in zip(panels, shown):
+        mine = _difference(axes, results.summary, metric)
+        _titled(axes, mine[0]["label"] + " †" * mine[0]["doubted"], mine[0]["better"])
+        style.l0_axis(axes, ks)
+        axes.set(xlabel="k", xlim=(0.75 * ks[0], 1.33 * ks[-1]))
+        compared += mine
+    for axes in panels[::PANELS]:
+        axes.set_ylabel("minus baseline")
+    for axes in panels[len(shown) :]:
+        axes.remove()
+    by_core = series.differences(results.summary)
+    for kind in [kind for kind in series.kinds(results.summary) if kind.name in by_core]:
+        label = series.ARMS["distilled"][0].format(kind=kind.name)
+        panels[0].plot([], [], color=kind.colour, marker=kind.marker, label=label, **style.face(kind.colour))
+    style.legend(figure, panels[:1], ncols=4)
+    caption = (
+        "DMSAE minus the Matryoshka baseline in SAEBench's other metrics, paired by chain and training seed, "
+        "at measured L0; fractions."
+    )
+    return _finish(figure, results, caption, compared)

@@ -1,8 +1,8 @@
-"""Figure 1: the distillation cycle, with the measured share of the core in k beside it."""
+"""Figure 1: an SAE with its nested prefixes, one distillation cycle, and the core's measured share of k."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from dmsae_lib.figures import style
 from dmsae_lib.figures.house_style import INK, MUTED, SMALL
@@ -10,52 +10,80 @@ from dmsae_lib.report.results import Results, Row
 from dmsae_lib.report.series import ARMS
 
 CORE, FREE = ARMS["distilled"][1], "#b9d7ea"
-LEFT, MIDDLE, RIGHT = 23.5, 50, 76.5  # centres of the boxes
-TOP, HALFWAY, BOTTOM = 69, 39.5, 10
-WIDTH, WIDE, HEIGHT = 46, 62, 17.5
-ARROW = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
-ATTRIBUTION = r"$|f_i \cdot \langle \partial L/\partial \hat{x}_0, d_i\rangle|$, mean over tokens"
+ARROW = {"arrowstyle": "-|>", "mutation_scale": 8, "linewidth": 1, "shrinkA": 0, "shrinkB": 0}
+ATTRIBUTION = r"$|f_i \, \langle \partial L/\partial \hat{x}_0, d_i\rangle|$"
+# Places in hundredths of an inch. The SAE: left edge of its latents, edge between core and free ones, width
+# of a prefix, height of the row; the cycle: width of a box and of the space between two.
+START, EDGE, STEP, TOP = 62, 138, 41, 140
+BOX, GAP = 150, 26
 
 
-def _boxes(summary: Row) -> list[tuple[float, float, float, str, str, str]]:
-    """(x, y, width, colour, title, text) of each step."""
-    sizes, size = summary["sizes"], summary["final_core"]["size"]
+def _arrow(axes: Axes, *corners: tuple[float, float], **look: str) -> None:
+    """Along straight lines, with its head at the last corner."""
+    axes.plot(*zip(*corners[:-1]), linewidth=1, **{"color": INK} | look)
+    axes.add_patch(FancyArrowPatch(*corners[-2:], **ARROW, **{"color": INK} | look))
+
+
+def _latents(axes: Axes, end: float, y: float, height: float) -> None:
+    """The core and the free latents up to a prefix's end."""
+    for left, right, colour in ((START, EDGE, CORE), (EDGE, end, FREE)):
+        axes.add_patch(Rectangle((left, y), right - left, height, facecolor=colour, linewidth=0))
+
+
+def _sae(axes: Axes, summary: Row) -> None:
+    """The latents in a row, core first; below, what each nested prefix reconstructs from."""
+    sizes, core = summary["sizes"], summary["final_core"]["size"]
+    prefixes = [*sizes["prefixes"][:-1], sizes["d_sae"] - core]
+    ends = [EDGE + STEP * (n + 1) for n in range(len(prefixes))]
+    axes.set(xlim=(0, 445), ylim=(0, 180), title="The SAE of a cycle: core and nested prefixes")
+    axes.set_axis_off()
+    middle = {"ha": "center", "va": "center", "fontsize": SMALL}
+    axes.text(22, TOP + 11, "residual\nstream $x$", **middle)
+    _arrow(axes, (46, TOP + 11), (START - 3, TOP + 11))
+    _latents(axes, ends[-1], TOP, 22)
+    axes.text((START + EDGE) / 2, TOP + 11, f"core: {core}", color="white", fontweight="bold", **middle)
+    for end, count in zip(ends, [prefixes[0], *(b - a for a, b in zip(prefixes, prefixes[1:]))]):
+        axes.plot([end - STEP] * 2, [TOP, TOP + 22], color="white", linewidth=1.2)
+        axes.text(end - STEP / 2, TOP + 11, f"+{count}" if end > ends[0] else str(count), **middle)
+    axes.text((START + EDGE) / 2, TOP + 31, "encoder frozen", **middle)
+    axes.text((EDGE + ends[-1]) / 2, TOP + 31, "free latents, drawn afresh", **middle)
+    for n, (end, prefix) in enumerate(zip(ends, prefixes)):
+        y = TOP - 19 - 17 * n
+        _latents(axes, end, y, 9)
+        of = f"all {sizes['d_sae']}" if end == ends[-1] else f"core + {prefix}"
+        _arrow(axes, (end + 2, y + 4.5), (ends[-1] + 12, y + 4.5))
+        axes.text(ends[-1] + 15, y + 4.5, rf"$\hat{{x}}_{n}$: {of}", **middle | {"ha": "left"})
     relu = sizes["core_sparsity"] == "relu"
-    selection = "core: ReLU, free: BatchTopK" if relu else "one BatchTopK for core and rest"
-    train = f"width {sizes['d_sae']}, total L0 = k = {sizes['k']}\n{selection}"
-    attribute = f"core + first {sizes['prefixes'][0]} latents reconstruct;\n{ATTRIBUTION}"
-    select = f"the smallest set with {100 * sizes['coverage']:.0f} %\nof the attribution: core C(t)"
-    freeze = "encoder rows of C(t) are kept;\nall other weights drawn afresh"
-    final = f"{size} latents, frozen;\nnew SAEs at every k, with and without it"
-    return [
-        (LEFT, TOP, WIDTH, "#eaf3f9", "1  Train a Matryoshka SAE", train),
-        (RIGHT, TOP, WIDTH, "#fdf3e1", "2  Attribute", attribute),
-        (RIGHT, HALFWAY, WIDTH, "#fdf3e1", "3  Select", select),
-        (LEFT, HALFWAY, WIDTH, "#fbe6da", "4  Freeze and start again", freeze),
-        (MIDDLE, BOTTOM, WIDE, "#f1f1f1", "After the last cycle: the final core", final),
-    ]
+    chosen = "core by ReLU, the rest by BatchTopK" if relu else "one BatchTopK over core and rest"
+    loss = r"loss: sum of $\Vert x - \hat{x}_i\Vert^2$ over the prefixes"
+    text = f"{loss}\ntotal L0 = k = {sizes['k']}: {chosen}"
+    axes.text(START, TOP - 22 - 17 * len(ends), text, va="top", fontsize=SMALL, linespacing=1.4)
 
 
 def _cycle(axes: Axes, summary: Row) -> None:
-    axes.set(xlim=(0, 100), ylim=(0, 80), title="The distillation cycle")
+    sizes, last = summary["sizes"], summary["sizes"]["n_cycles"]
+    steps = [
+        ("1  Train", "the SAE above\n(cycle 0: without a core)"),
+        ("2  Attribute", f"core and first {sizes['prefixes'][0]} latents:\n{ATTRIBUTION}, mean"),
+        ("3  Select", f"the fewest latents that hold\n{100 * sizes['coverage']:.0f} %: the core C(t)"),
+        ("4  Freeze", "encoder rows of C(t);\nall else is drawn afresh"),
+    ]
+    axes.set(xlim=(0, 690), ylim=(0, 92))
     axes.set_axis_off()
-    for x, y, width, colour, title, text in _boxes(summary):
-        corner, top = (x - width / 2, y - HEIGHT / 2), y + HEIGHT / 2
-        look = {"facecolor": colour, "edgecolor": INK, "linewidth": 0.8}
-        rounded = "round,pad=0,rounding_size=1.2"
-        axes.add_patch(FancyBboxPatch(corner, width, HEIGHT, boxstyle=rounded, **look))
-        axes.text(x, top - 1.6, title, ha="center", va="top", fontweight="bold", fontsize=7.5)
-        axes.text(x, top - 6.4, text, ha="center", va="top", fontsize=SMALL, linespacing=1.25)
-    west, east = LEFT + WIDTH / 2, RIGHT - WIDTH / 2  # facing sides of the left and the right boxes
-    south, north = TOP - HEIGHT / 2, HALFWAY + HEIGHT / 2  # and of the upper and the lower ones
-    round_trip = [((west, TOP), (east, TOP)), ((RIGHT, south), (RIGHT, north))]
-    round_trip += [((east, HALFWAY), (west, HALFWAY)), ((LEFT, north), (LEFT, south))]
-    for start, end in round_trip:
-        axes.add_patch(FancyArrowPatch(start, end, color=INK, **ARROW))
-    start, end = (RIGHT - 8, HALFWAY - HEIGHT / 2), (RIGHT - 8, BOTTOM + HEIGHT / 2)
-    axes.add_patch(FancyArrowPatch(start, end, color=MUTED, linestyle="--", **ARROW))
-    cycles = f"cycles 1 to {summary['sizes']['n_cycles']}"
-    axes.text(LEFT + 1.5, (TOP + HALFWAY) / 2, cycles, va="center", fontsize=SMALL)
+    lefts = [2 + n * (BOX + GAP) for n in range(len(steps))]
+    for left, (title, text) in zip(lefts, steps):
+        look = {"facecolor": "#f3f3f3", "edgecolor": MUTED, "linewidth": 0.8}
+        axes.add_patch(FancyBboxPatch((left, 44), BOX, 46, boxstyle="round,pad=0,rounding_size=4", **look))
+        axes.text(left + 7, 86, title, va="top", fontweight="bold")
+        axes.text(left + 7, 72, text, va="top", fontsize=SMALL, linespacing=1.25)
+    for left in lefts[1:]:
+        _arrow(axes, (left - GAP, 67), (left, 67))
+    first, third, fourth = lefts[0] + BOX / 2, lefts[2] + BOX / 2, lefts[3] + BOX / 2
+    _arrow(axes, (fourth, 44), (fourth, 8), (first, 8), (first, 44))
+    axes.text(first + 6, 12, f"cycles 1 to {last}", va="bottom", fontsize=SMALL)
+    _arrow(axes, (third, 44), (third, 32), color=CORE)
+    final = f"after cycle {last}: the final core, for new SAEs at every k"
+    axes.text(third, 30, final, ha="center", va="top", fontsize=SMALL)
 
 
 def _budget(axes: Axes, summary: Row) -> None:
@@ -63,7 +91,7 @@ def _budget(axes: Axes, summary: Row) -> None:
     k, rows = summary["sizes"]["k"], summary["cycles"]
     at, core = [row["cycle"] for row in rows], [row["L0"]["core"] for row in rows]
     left_over = [max(k - value, 0) for value in core]
-    bars = axes.bar(at, core, color=CORE, width=0.8, label="core, measured")
+    bars = axes.bar(at, core, color=CORE, width=0.8, label="entering core")
     rest = axes.bar(at, left_over, bottom=core, color=FREE, width=0.8, label="left for free latents")
 
     def number(value: float) -> str:
@@ -79,13 +107,22 @@ def _budget(axes: Axes, summary: Row) -> None:
     axes.legend(handles=[rest, bars], loc="upper right", **close)
     axes.grid(False)
     axes.set(xlabel="cycle", ylabel="L0 (active latents per token)", xticks=at, ylim=(0, 1.32 * top))
-    axes.set_title("The core's share of k moves")
+    axes.set_title("What the core takes of k")
 
 
 def schematic(results: Results) -> Figure:
-    figure = style.new_figure(style.DOUBLE, 3.3)
-    left, right = figure.subplots(1, 2, width_ratios=(1.9, 1))
-    _cycle(left, results.summary)
-    _budget(right, results.summary)
-    caption = "One distillation cycle, and what the core leaves of the L0 budget k in each cycle."
-    return style.finish(figure, results, caption)
+    figure = style.new_figure(style.DOUBLE, 3.5)
+    places = figure.add_gridspec(2, 2, width_ratios=(2, 1), height_ratios=(2, 1))
+    _sae(figure.add_subplot(places[0, 0]), results.summary)
+    _budget(figure.add_subplot(places[0, 1]), results.summary)
+    _cycle(figure.add_subplot(places[1, :]), results.summary)
+    for axes in (figure.axes[0], figure.axes[2]):
+        for text in axes.texts:
+            text.set_in_layout(False)  # the drawing stays as large as its axes
+    caption = (
+        "Left: the SAE of a cycle. Each prefix of its free latents reconstructs together with the whole "
+        "core. Right: measured L0 of the core that enters a cycle, and what it leaves of the budget k. "
+        "(The bars of figure 2 are the size of the core that leaves it.) Below: one distillation cycle; "
+        r"f: activation, d: decoder row, L: next-token loss with the reconstruction from the first prefix."
+    )
+    return style.finish(figure, results, caption, "main chain, one SAE per cycle")

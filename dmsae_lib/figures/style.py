@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from dmsae_lib.figures.house_style import DPI, MUTED, SMALL, in_house_style
@@ -19,23 +20,28 @@ from dmsae_lib.report.series import PLURAL, Look, by_k, units
 from dmsae_lib.report.verdicts import t_interval
 from dmsae_lib.store.atomic import write_bytes
 
-SINGLE, DOUBLE = 3.3, 7.0  # inches: one and two columns of a paper
+SINGLE, DOUBLE = 3.3, 6.9  # inches: one and two columns of a paper
+LOSS, FVU = "loss increase (nats per token)", "FVU (fraction)"
+LOSS_IS = "Loss increase: next-token loss with the SAE's reconstruction in the model minus the bare model's."
+FVU_IS = "FVU: fraction of variance unexplained."
 HOLLOW = "hollow: unbound (core alone reaches k)"
 CHANCE = "#a0a0a0"  # of what no training did
-CYCLES = matplotlib.colormaps["viridis"]  # ordered: dark is early
+CYCLES = matplotlib.colormaps["YlGnBu"]  # of cycles alone, light is early; neither an arm nor k is a shade
 
 
 def cycle_colour(cycle: int, last: int) -> tuple[float, float, float, float]:
-    return CYCLES(0.95 * cycle / max(last, 1))
+    return CYCLES(0.2 + 0.8 * cycle / max(last, 1))
 
 
 @dataclass(frozen=True)
 class Plot:
     """A figure of the registry: called with results it is drawn in the house style, whatever the caller's
-    settings are; None where ``where`` finds nothing to draw."""
+    settings are; None where ``where`` finds nothing to draw. ``main_chain``: whether it shows the main chain
+    alone, and so the same in every run that has that chain."""
 
     draw: Callable[[Results], Figure]
     where: Callable[[Results], Any] = lambda results: True
+    main_chain: Callable[[Results], bool] = lambda results: False
 
     def __call__(self, results: Results) -> Figure | None:
         with in_house_style():
@@ -112,6 +118,11 @@ def lanes(axes: Axes, labels: list[str], **how: Any) -> None:
     axes.tick_params(axis="y", length=0)
 
 
+def better(label: str, direction: int) -> str:
+    """An axis label that says which way is better: 1 up (or right), -1 down, 0 neither."""
+    return label + {1: "\nbetter →", -1: "\n← better", 0: ""}[direction]
+
+
 def cycle_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("cycle")
@@ -145,12 +156,22 @@ def total_l0(row: Row) -> float:
     return row["L0"]["total"]
 
 
+def whisker(axes: Axes, x: float, ends: list[float] | None, n: int, **look: Any) -> None:
+    """An interval. One over two values, with one degree of freedom, does not stretch the axis: the panel cuts
+    it."""
+    if ends:
+        line = Line2D([x, x], ends, **look)
+        (axes.add_line if n > 2 else axes.add_artist)(line)
+
+
 def curve(
     axes: Axes,
     look: Look,
     rows: list[Row],
     value: Callable[[Row], float | None],
     place: Callable[[Row], float] = total_l0,
+    joined: bool = True,
+    intervals: bool = True,
 ) -> bool:
     """Mean and interval of ``value`` for each k, against ``place``; hollow where an SAE is unbound. Returns
     whether there was anything to draw."""
@@ -159,17 +180,20 @@ def curve(
     for group in by_k(rows).values():
         if values := units(group, value)[0]:
             unbound = any(row["unbound"] for row in group)
-            points.append((fmean(map(place, group)), fmean(values), t_interval(values), unbound))
+            points.append((fmean(map(place, group)), values, unbound))
     if not points:
         return False
     points.sort(key=lambda point: point[0])
-    bound = [(x, mean) for x, mean, _, unbound in points if not unbound]
+    for x, values, unbound in points:
+        if intervals:
+            bar = {"color": colour, "linewidth": 1, "marker": "_", "markersize": 4, "zorder": 3}
+            whisker(axes, x, t_interval(values), len(values), **bar)
+        axes.plot([x], [fmean(values)], marker=marker, zorder=4, **face(colour, unbound))
+    bound = [(x, fmean(values)) for x, values, unbound in points if joined and not unbound]
     axes.plot([x for x, _ in bound], [mean for _, mean in bound], color=colour, zorder=2)
-    for x, mean, interval, unbound in points:
-        if interval:
-            axes.plot([x, x], interval, color=colour, linewidth=1, marker="_", markersize=4, zorder=3)
-        axes.plot([x], [mean], marker=marker, zorder=4, **face(colour, unbound))
-    axes.plot([], [], color=colour, marker=marker, label=name)
+    axes.plot(
+        [], [], color=colour, marker=marker, label=name, linestyle="-" if joined else "", **face(colour)
+    )
     return True
 
 

@@ -336,10 +336,12 @@ def test_the_figure_is_drawn_for_the_summary_that_it_was_made_from(results):
     assert sizing(results) is None
     artifacts.write_json(results.folder / "sizing.json", record | {"summary": results.hash})
     figure = sizing(results)
-    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert texts == ["60 h", "21 h"] and "(26 SAEs)" in figure.get_label()
+    left, right = ([text.get_text() for text in axes.texts] for axes in figure.axes)
+    assert right == ["60 h", "21 h"] and "(26 SAEs)" in figure.get_label()
+    assert set(left) == {"× 1.8", "× 3.0"}  # distilling is starting alone
     seconds = {tuple(line.get_xdata()) for line in figure.axes[0].lines}
-    assert {(5.0, 9.0), (2.0,), (5.0,), (9.0,)} <= seconds
+    assert {(5.0, 9.0), (5.0,), (3.0, 9.0), (9.0,)} <= seconds
+    assert [bar.get_width() for bar in figure.axes[1].patches] == [20.0, 40.0, 0.0, 7.0, 14.0, 0.0]
 
 
 def test_what_a_config_leaves_out_is_transformers_default(tmp_path):

@@ -1,6 +1,7 @@
 """What each figure shows, against the numbers of the summary that it is drawn from."""
 
 import shutil
+from itertools import groupby
 from statistics import fmean
 
 import pytest
@@ -8,8 +9,7 @@ from builders import asked, factory
 from builders.published import REPLICATES, identity, published
 
 from dmsae_lib.config.sections import CONTROLS
-from dmsae_lib.figures import FIGURES
-from dmsae_lib.figures.saebench import reference
+from dmsae_lib.figures import FIGURES, draw_all, style
 from dmsae_lib.report.equal_l0 import baseline_at
 from dmsae_lib.report.results import Results
 from dmsae_lib.report.series import ARMS, KINDS, OTHER_KINDS, baselines, kinds, lines, units
@@ -68,25 +68,42 @@ def test_a_notebook_cell_shows_a_figure(smoke):
     assert FIGURES["2_core_by_origin"](Results(smoke))._repr_png_().startswith(b"\x89PNG")
 
 
-def test_what_was_not_run_is_said(smoke, full):
+def test_what_was_not_run_has_no_panel(smoke, full):
     assert FIGURES["4_saebench_vs_l0"](Results(smoke)) is None  # nothing was scored
     results = Results(full)
     for row in results.summary["retrain"]:
         for metric in ("probe_top1", "probe_top5"):
             (row["saebench"] or {}).pop(metric, None)
-    panels = FIGURES["4_saebench_vs_l0"](results).axes
-    said = [[text.get_text().replace("\n", " ") for text in axes.texts] for axes in panels]
-    assert said == [[], [], ["probing accuracy, top 1: not run"], ["probing accuracy, top 5: not run"]]
+    titles = [axes.get_title(loc="left") for axes in FIGURES["4_saebench_vs_l0"](results).axes]
+    assert titles == ["CE loss score\n↑ better", ""]
 
 
 def test_no_distilled_arm_leaves_its_panel_out(tmp_path):
     config = factory.config(cycles=1, ks=(64,), seeds=(0,), controls={})
     config = config.model_copy(update={"retrain": config.retrain.model_copy(update={"arms": ["none"]})})
     results = Results(published(tmp_path, config, scored=False))
-    assert len(FIGURES["6_core_share_of_k"](results).axes) == 1
-    left_out = [name for name, draw in FIGURES.items() if not draw(results)]
-    scores, of_notebook_10 = ["4_saebench_vs_l0", "11_paper_scale", "12_saebench_differences"], left_out[4:]
-    assert left_out == [*scores, "14_core_identity", *of_notebook_10] and len(of_notebook_10) == 4
+    assert len(FIGURES["6_chains"](results).axes) == 3
+    left_out = [name.partition("_")[0] for name, draw in FIGURES.items() if not draw(results)]
+    assert left_out == ["3", "4", "12", "14", "15", "16", "17", "18"]
+
+
+def test_what_default_shows_is_not_published_again(full, tmp_path):
+    """Where the run's main chain has default's settings; with another k all figures are its own."""
+    for name in ("default", "other"):
+        shutil.copytree(full, tmp_path / "results" / name)
+    shutil.copytree(full.parent / "base_model", tmp_path / "results" / "base_model")
+    drawn = [
+        path.stem.partition("_")[0] for path in draw_all(tmp_path / "results/other", tmp_path / "figures")
+    ]
+    assert drawn == ["3", "6", "8", "10", "13"]
+    assert "[those of `default`](../default/README.md)" in (tmp_path / "figures" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "results" / "default")
+    another = published(tmp_path / "k", factory.config(cycles=1, ks=(64, 96), seeds=(0,), controls={}))
+    shutil.copytree(another, tmp_path / "results" / "default")
+    drawn = [
+        path.stem.partition("_")[0] for path in draw_all(tmp_path / "results/other", tmp_path / "figures")
+    ]
+    assert drawn == [*"123456789", "10", "12", "13"]
 
 
 def test_a_missing_table_is_named(full, tmp_path):
@@ -96,37 +113,55 @@ def test_a_missing_table_is_named(full, tmp_path):
         FIGURES["7_training_curves"](Results(copy))
 
 
-def test_released_saes_stand_behind_a_run_on_their_model_alone(full):
-    assert FIGURES["11_paper_scale"](Results(full)) is None  # a third party's numbers alone are no result
-    ours = Results(full)
-    ours.summary["inputs"]["model"]["name"] = "google/gemma-2-2b"
-    rows = reference(ours)
-    assert len(rows) == 7 * 6
-    recovered = [row["loss_recovered"] for row in rows if row["architecture"] == "matryoshka"]  # by L0
-    # as the design of this replication quotes them
-    assert recovered == pytest.approx([0.97347, 0.98490, 0.99067, 0.99424, 0.99642, 0.99808], abs=1e-5)
-    figure = FIGURES["11_paper_scale"](ours)
-    assert {"DMSAE (ReLU core)", "released Matryoshka"} <= legend_of(figure)
-    drawn = figure.axes[0].lines
-    behind = max(line.get_zorder() for line in drawn if line.get_label().startswith("released"))
-    mine = [line for line in drawn if len(line.get_xdata()) and line.get_color() == ARMS["distilled"][1]]
-    assert mine and all(line.get_zorder() > behind for line in mine)
-
-
-def test_differences_show_value_and_interval(full):
+def test_scores_are_means_above_and_judged_differences_below(full):
     results = Results(full)
-    rows, drawn = results.summary["differences"], FIGURES["12_saebench_differences"](results).axes[0].lines
-    values = {round(float(line.get_xdata()[0]), 6) for line in drawn if len(line.get_xdata()) == 1}
-    assert {round(row["value"], 6) for row in rows} == values
-    bars = {tuple(line.get_xdata()) for line in drawn if len(line.get_xdata()) == 2}
-    assert {tuple(row["interval"]) for row in rows if row["interval"]} <= bars
+    axes = FIGURES["4_saebench_vs_l0"](results).axes
+    _, colour, marker = ARMS["distilled"]
+    scored = [row for row in results.summary["retrain"] if row["arm"] == "distilled"]
+    for above, below, metric in zip(axes[:3], axes[3:], ("ce_loss_score", "probe_top1", "probe_top5")):
+        groups = groupby(sorted(scored, key=lambda row: row["k"]), lambda row: row["k"])
+        means = [fmean(row["saebench"][metric] for row in of) for _, of in groups]
+        assert [y for _, y in points(above, marker)] == pytest.approx(means)
+        shown(
+            below, [row for row in results.summary["differences"] if row["metric"] == metric], marker, colour
+        )
+
+
+def shown(axes, rows, marker, colour):
+    """A panel has every row's value at its k, and its interval."""
+    assert rows and points(axes, marker) == [(row["k"], row["value"]) for row in rows]
+    bars = {
+        tuple(line.get_ydata())
+        for line in axes.lines
+        if line.get_marker() == "_" and line.get_color() == colour
+    }
+    assert bars == {tuple(row["interval"]) for row in rows if row["interval"]}
+
+
+def test_every_other_metric_has_an_axis_of_its_own(full):
+    results = Results(full)
+    axes = FIGURES["12_saebench_differences"](results).axes
+    assert [one.get_title(loc="left") for one in axes] == ["explained variance\n↑ better"]
+    rows = [row for row in results.summary["differences"] if row["metric"] == "explained_variance_legacy"]
+    shown(axes[0], rows, ARMS["distilled"][2], ARMS["distilled"][1])
 
 
 def test_differences_of_one_seed_claim_no_interval(several):
     figure = FIGURES["12_saebench_differences"](Results(several))
     caption = figure.get_label().lower()
     assert "one training seed, no error bars" in caption and "t interval" not in caption
-    assert all(len(line.get_xdata()) == 1 for line in figure.axes[0].lines[1:] if len(line.get_xdata()))
+    assert not [line for axes in figure.axes for line in axes.lines if line.get_marker() == "_"]
+
+
+def test_an_interval_over_two_does_not_stretch_the_axis():
+    axes = style.new_figure(style.SINGLE, 2).subplots()
+    axes.plot([0, 1], [0, 1])
+    tops = []
+    for n in (2, 3):
+        style.whisker(axes, 0.5, [-9, 9], n)
+        axes.autoscale_view()
+        tops.append(axes.get_ylim()[1])
+    assert tops[0] < 2 and tops[1] > 9 and len(axes.lines) == 3
 
 
 def test_arms_differ_in_colour_and_in_marker():
@@ -175,14 +210,23 @@ def test_quality_shows_means_over_replicates_and_relu_beside(apart):
     rows = of_replicates(apart)
     figure = FIGURES["8_quality_vs_l0"](apart)
     for axes, metric, far in zip(figure.axes[:2], METRICS, (9.0, 5.0)):
-        for arm in ("none", "distilled", "pca", "warm_start"):
+        for arm in ("none", "distilled"):
             values = (lambda row: row["L0"]["total"], lambda row, m=metric: row[m])
             expected = [tuple(mean(rows, value, arm=arm, k=k) for value in values) for k in (64, 96)]
             assert points(axes, ARMS[arm][2]) == [pytest.approx(pair) for pair in expected]
+        assert not points(axes, ARMS["pca"][2])  # below alone
         assert [y for _, y in points(axes, OTHER[1])] == [far] * 2
-        marks = [line for line in axes.lines if line.get_marker() == OTHER[1] and len(line.get_xdata())]
+        marks = [line for line in axes.lines if line.get_marker() == OTHER[1] and len(line.get_xdata()) == 1]
         # unbound at k = 64, not at 96
         assert [line.get_markerfacecolor() for line in marks] == ["white", OTHER[0]]
+        assert [text.get_text() for text in axes.texts] == ["k = 64: the core\nalone exceeds k"]
+
+
+def test_controls_of_one_k_are_in_figure_3_alone(full):
+    results = Results(full)
+    legend = legend_of(FIGURES["8_quality_vs_l0"](results))
+    assert legend == {"Matryoshka baseline", "DMSAE (ReLU core)"}
+    assert points(FIGURES["3_distilled_vs_random"](results).axes[0], ARMS["pca"][2])
 
 
 def test_quality_is_compared_at_measured_l0(apart):
@@ -220,17 +264,61 @@ def test_controls_show_every_sae_of_the_replicates_with_ranks_and_intervals(apar
     assert "warm start, unfrozen\nno core, L0 63.7" in shown
 
 
-def test_core_share_has_a_line_per_chain_and_a_mean_per_kind(several):
+def test_chains_have_a_line_each_and_a_mean_per_kind(several):
     results = Results(several)
-    left, right = FIGURES["6_core_share_of_k"](results).axes
+    size, share, cost, after = FIGURES["6_chains"](results).axes
+    course = {
+        size: lambda row: row["core_out"],
+        share: lambda row: row["core_share"],
+        cost: lambda row: row["loss_increase"]["full"],
+    }
     for kind in kinds(results.summary):
-        drawn = [list(line.get_ydata()) for line in left.lines if line.get_color() == kind.colour]
-        shares = [[row["core_share"] for row in rows] for rows in kind.chains.values()]
-        assert drawn == [*shares, pytest.approx([fmean(values) for values in zip(*shares)])]
+        for axes, value in course.items():
+            drawn = [list(line.get_ydata()) for line in axes.lines if line.get_color() == kind.colour]
+            each = [[value(row) for row in rows] for rows in kind.chains.values()]
+            assert drawn == [*each, pytest.approx([fmean(values) for values in zip(*each)])]
         rows = [row for row in kind.rows if row["arm"] == "distilled"]
-        after = {k: mean(rows, lambda row: row["L0"]["core"] / row["k"], k=k) for k in (64, 96)}
-        assert points(right, kind.marker) == [(k, pytest.approx(share)) for k, share in after.items()]
-    assert {0.75, 1} <= {line.get_ydata()[0] for line in left.lines}
+        shares = {k: mean(rows, lambda row: row["L0"]["core"] / row["k"], k=k) for k in (64, 96)}
+        assert points(after, kind.marker) == [(k, pytest.approx(value)) for k, value in shares.items()]
+    for axes in (share, after):
+        assert {0.75, 1} <= {line.get_ydata()[0] for line in axes.lines if len(line.get_ydata())}
+
+
+def test_coverage_has_a_line_per_arm_and_k(full):
+    results = Results(full)
+    (axes,) = FIGURES["5_coverage"](results).axes
+    rows = results.summary["heatmap"]
+    for arm in ("none", "distilled"):
+        of_arm = [row for row in rows if row["arm"] == arm]
+        expected = {
+            tuple((100 * row["coverage"], row["size"]) for row in of_arm if row["k"] == k)
+            for k in {row["k"] for row in rows}
+        }
+        lines = [line for line in axes.lines if line.get_color() == ARMS[arm][1]]
+        assert {tuple(zip(line.get_xdata(), line.get_ydata())) for line in lines} == expected
+    assert 100 * results.summary["sizes"]["coverage"] in {
+        line.get_xdata()[0] for line in axes.lines if len(line.get_xdata())
+    }
+
+
+def test_training_shows_the_first_two_cycles_and_the_last(full):
+    results = Results(full)
+    left, right = FIGURES["7_training_curves"](results).axes
+    for axes, column in ((left, "fvu"), (right, "L0_core")):
+        for line, cycle in zip(axes.lines, (0, 1, 7)):
+            rows = [row for row in results.table("history_cycles.csv") if float(row["cycle"]) == cycle]
+            rows = [row for row in rows if float(row["tokens"]) > 0]
+            assert list(line.get_ydata()) == [float(row[column]) for row in rows]
+            assert line.get_label().startswith(f"cycle {cycle}, ")
+
+
+def test_the_runs_own_model_stands_beside_the_embedded_one(full):
+    results = Results(full)
+    results.summary["language_model"]["bits_per_byte"] = 1.25
+    (axes,) = FIGURES["9_language_models"](results).axes
+    assert [bar.get_width() for bar in axes.patches] == [3.0, 2.2, 1.7, 1.25]
+    results.summary["inputs"]["model"]["name"] = "wheeltext-4x128"
+    assert len(FIGURES["9_language_models"](results).axes[0].patches) == 3
 
 
 def test_reselection_shows_cores_placebos_and_uniform_selection(several):

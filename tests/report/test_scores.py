@@ -12,7 +12,7 @@ from dmsae_lib.report.agreement import compare
 from dmsae_lib.report.equal_l0 import CHAIN, SEED
 from dmsae_lib.report.page import results_page
 from dmsae_lib.report.results import Results, validate
-from dmsae_lib.report.series import lenders
+from dmsae_lib.report.series import ARMS, OTHER_KINDS, lenders
 from dmsae_lib.report.stages import Stages
 from dmsae_lib.report.summary import summarise, write_summary
 from dmsae_lib.report.verdicts import FAILS
@@ -157,12 +157,14 @@ def test_a_page_and_a_figure_show_each_kind_of_core_beside_the_main_one(tmp_path
     main, relu = page.split("## Differences to the baseline")[1].split("## Time")[0].split("ReLU core:")
     assert "equal-L0 core:" in main and "| full absorption (lower) | 64 | +0.020" in main
     assert "| full absorption (lower) | 64 | +0.050 | 1 | ? |" in relu
-    figure = FIGURES["12_saebench_differences"](Results(write_summary(run)))
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["equal-L0 core", "ReLU core"]
-    for axes, core in zip(figure.axes, (None, "ReLU")):
-        shown = {round(line.get_xdata()[0], 6) for line in axes.lines if len(line.get_xdata()) == 1}
-        assert shown == {round(row["value"], 6) for row in summary["differences"] if row["core"] == core}
-    assert "equal-L0 and ReLU cores minus" in figure.get_label()
+    figure = FIGURES["4_saebench_vs_l0"](Results(write_summary(run)))
+    above, below = figure.axes[1], figure.axes[5]
+    assert above.get_title(loc="left") == "full absorption\n↓ better"
+    marks = [line for line in below.lines if len(line.get_xdata()) == 1 and line.get_marker() != "None"]
+    drawn = {(line.get_marker(), line.get_ydata()[0]) for line in marks}
+    looks = {None: ARMS["distilled"][2], "ReLU": OTHER_KINDS[0][1]}
+    rows = [row for row in summary["differences"] if row["metric"] == FULL]
+    assert len(rows) == 2 and drawn == {(looks[row["core"]], row["value"]) for row in rows}
 
 
 def test_every_score_is_in_the_table_with_its_seeds_and_a_missing_one_with_its_reason(run):
