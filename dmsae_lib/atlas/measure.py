@@ -81,7 +81,6 @@ def measured(harvest: Harvest, report: Callable[[str], None] = print) -> tuple[R
     ]
     made = {
         "config": run.config.name,
-        "run": run.name,
         "model": model.config.name,
         "hook": model.hook_name,
         "data": run.config.data.source,
@@ -105,7 +104,7 @@ def measured(harvest: Harvest, report: Callable[[str], None] = print) -> tuple[R
 def write_atlas(harvest: Harvest) -> Artifact:
     """Make the artefact ``runs/<run>/atlas``, whose atlas.json is::
 
-    config, run, model, hook, data, cycles, k, d_in, d_sae, context_size, n_contexts
+    config, model, hook, data, cycles, k, d_in, d_sae, context_size, n_contexts
     tokens, text   distinct strings of tokens, and the contexts of the test split as places among these
     groups         {name, chain, role, kind}: latents that stand together, see latents.Shown
     latents        {group, id, index, first_cycle, share, history} of latents.Shown, and what was measured:

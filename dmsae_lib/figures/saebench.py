@@ -114,9 +114,10 @@ def others(results: Results) -> list[str]:
 def differences(results: Results) -> Figure:
     """DMSAE minus baseline in every other headline metric, an axis each."""
     shown, rows = others(results), results.summary["differences"]
-    height = -(-len(shown) // PANELS)
+    columns = min(len(shown), PANELS)
+    height = -(-len(shown) // columns)
     figure = style.new_figure(DOUBLE, 0.7 + 1.6 * height)
-    panels = list(figure.subplots(height, PANELS, squeeze=False).flat)
+    panels = list(figure.subplots(height, columns, squeeze=False).flat)
     ks, compared = sorted({row["k"] for row in rows}), list[Row]()
     for axes, metric in zip(panels, shown):
         mine = _difference(axes, results.summary, metric)
@@ -124,7 +125,7 @@ def differences(results: Results) -> Figure:
         style.l0_axis(axes, ks)
         axes.set(xlabel="k", xlim=(0.75 * ks[0], 1.33 * ks[-1]))
         compared += mine
-    for axes in panels[::PANELS]:
+    for axes in panels[::columns]:
         axes.set_ylabel("minus baseline")
     for axes in panels[len(shown) :]:
         axes.remove()

@@ -147,8 +147,8 @@ def test_parameters_files_are_left_alone_while_nothing_changes(done):
     files = sorted((done / "runs" / "trial").glob("params/*.json")) + [done / "runs" / "trial" / "plan.mk"]
     before = [path.stat().st_mtime_ns for path in files]
     assert planned(done, "RUN=trial") == []
-    # the two optional stages have one too
-    assert [path.stat().st_mtime_ns for path in files] == before and len(files) == len(ALL) + 3
+    # the three optional stages have one too
+    assert [path.stat().st_mtime_ns for path in files] == before and len(files) == len(ALL) + 4
 
 
 def lose(run: Path, name: str) -> None:
@@ -346,13 +346,15 @@ def test_a_dry_run_of_any_target_works_before_the_set_up(tmp_path, state):
     """It says what would be done, and of the stages, which only Python knows, that the set-up comes first."""
     clone = make_clone(tmp_path / "a clone")
     shutil.copytree(ROOT / "benchmarks", clone / "benchmarks")
+    (clone / "tests" / "atlas").mkdir(parents=True)
+    shutil.copy(ROOT / "tests/atlas/requirements.txt", clone / "tests" / "atlas")
     if state == "half set up":  # killed before its packages were there
         (clone / ".venv" / "bin").mkdir(parents=True)
         write_script(clone / ".venv" / "bin" / "python", '#!/bin/sh\nexec "$(command -v python3)" -S "$@"\n')
     for target in TARGETS:
         ended = make(clone, "-n", target, "PY=.venv/bin/python")
         assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.strip(), target
-        listing = target in ("reproduce", "stages", "saebench", "smoke", "test", "mend")
+        listing = target in ("reproduce", "stages", "saebench", "atlas", "smoke", "test", "mend")
         assert listing == ("the stages are listed once 'make setup' has run" in ended.stdout), target
         assert (
             "setup.sh" in ended.stdout or "PY" not in ended.stdout or target in ("help", "clean", "lock")
