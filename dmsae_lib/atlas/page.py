@@ -75,7 +75,7 @@ def _title(atlas: Row) -> str:
 def index_html(atlas: Row, content_hash: str, notes: list[Row]) -> str:
     """The page of ``atlas`` (atlas.json, whose artefact has ``content_hash``)."""
     parts = {name: (TEMPLATES / name).read_text(encoding="utf-8") for name in ("atlas.css", "atlas.js")}
-    made = f"Written by make atlas from the run {visible(atlas['run'])}, artefact {content_hash[:12]}."
+    made = f"Written by make atlas from a run of {visible(atlas['config'])}, artefact {content_hash[:12]}."
     made += (
         " Texts are of the test split, as found; of the embedded text, sets labelled as hate or spam are out."
     )

@@ -63,7 +63,6 @@ def hostile_atlas() -> dict[str, Any]:
     text = [[0, *((i * 7 + row * 3) % (len(TOKENS) - 1) + 1 for i in range(ROW - 1))] for row in range(4)]
     return {
         "config": "toy",
-        "run": "toy",
         "model": "<b>toy</b>",
         "hook": "blocks.1.hook_resid_post",
         "data": "embedded",

@@ -25,6 +25,7 @@ import torch
 from builders.clone import make, make_clone, write_notebook
 from builders.limits import file_size_limit, without_permission
 from builders.models import save_model
+from builders.atlas import hostile_atlas
 from builders.run import (
     EVERY_STEP,
     ROOT,
@@ -37,6 +38,7 @@ from builders.run import (
     write_settings,
 )
 
+from dmsae_lib.atlas.page import publish_atlas
 from dmsae_lib.config.lock import locked
 from dmsae_lib.config.run import Run
 from dmsae_lib.config.sections import ModelConfig
@@ -65,6 +67,13 @@ def whole(root) -> Run:
     run = open_tiny(root, "whole")
     execute_all(run)
     return run
+
+
+def test_a_page_is_made_of_the_atlas_that_a_run_holds(whole, tmp_path):
+    artifact = load(whole.folder / "atlas", "atlas")
+    assert artifact.json("atlas.json").keys() == hostile_atlas().keys()
+    publish_atlas(artifact, tmp_path / "atlas", tmp_path, "tiny")
+    assert whole.config.name in (tmp_path / "atlas" / "index.html").read_text()
 
 
 def test_two_runs_have_the_same_content_whenever_and_wherever_they_are_made(whole, root, monkeypatch):
