@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmsae_lib.data.contexts import Contexts
-from dmsae_lib.data.language_model import LanguageModel, lowered, next_token_loss
+from dmsae_lib.data.language_model import LanguageModel, lowered, token_losses
 from dmsae_lib.report.verdicts import t_interval
 from dmsae_lib.sae.model import FoldedSAE
 
@@ -22,9 +22,8 @@ ABLATED_TOKENS = 2048  # one pass of the upper half per latent over so many toke
 
 def mean_losses(model: LanguageModel, batch: Contexts, resid: Tensor) -> Tensor:
     """Each context's mean next-token loss with ``resid`` at the hook, nats, (rows,); NaN without a target."""
-    logits = model.upper(batch.tokens, resid)
-    sums = [next_token_loss(logits[i : i + 1], batch[i : i + 1]) for i in range(len(batch))]
-    return torch.tensor([float(loss) / n if n else torch.nan for loss, n in sums])
+    losses = token_losses(model.upper(batch.tokens, resid), batch)
+    return (losses.sum(1) / batch.usable()[:, 1:].sum(1)).cpu()
 
 
 def without(sae: FoldedSAE, resid: Tensor, f: Tensor, latent: int) -> Tensor:

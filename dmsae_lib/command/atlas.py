@@ -9,9 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from dmsae_lib.command.plan import run_arguments
+from dmsae_lib.command.plan import published_as, run_arguments
 from dmsae_lib.config.lock import locked
-from dmsae_lib.config.run import NAME, Run, open_run
+from dmsae_lib.config.run import Run, open_run
 from dmsae_lib.store.artifacts import UserError, explain_os_errors, load
 from dmsae_lib.store.atomic import replacing
 
@@ -20,9 +20,7 @@ def write_atlas_of(run: Run, name: str = "") -> None:
     """Copy the run's atlas to results/<name>/atlas with its pages, and the executed notebook beside it."""
     from dmsae_lib.atlas.page import publish_atlas
 
-    name = name or run.name
-    if not NAME.fullmatch(name):
-        raise UserError(f"AS is {name!r}: use letters, digits, '.', '_' and '-'.")
+    name = published_as(name or run.name)
     artifact, results = load(run.folder / "atlas", "atlas", "atlas"), run.root / "results" / name
     with explain_os_errors(results), locked(run), replacing(results / "atlas") as (new,):
         publish_atlas(artifact, new, run.root, name)

@@ -15,10 +15,10 @@ from typing import Any
 from tabulate import tabulate
 
 from dmsae_lib.command.atlas import carry_atlas
-from dmsae_lib.command.plan import run_arguments, states
+from dmsae_lib.command.plan import published_as, run_arguments, states
 from dmsae_lib.command.stages import Stage, stages
 from dmsae_lib.config.lock import locked
-from dmsae_lib.config.run import NAME, Run, open_run
+from dmsae_lib.config.run import Run, open_run
 from dmsae_lib.store.artifacts import ArtifactError, UserError, explain_os_errors, load
 from dmsae_lib.store.atomic import delete, replacing, write_text
 from dmsae_lib.store.provenance import code_state
@@ -107,12 +107,6 @@ def compare(run: Run, strict: bool = False) -> int:
     return 1 if strict and any(row["published"] != row["fresh"] for row in rows) else 0
 
 
-def _checked(name: str) -> str:
-    if not NAME.fullmatch(name):
-        raise UserError(f"AS is {name!r}: use letters, digits, '.', '_' and '-'.")
-    return name
-
-
 def publish(run: Run, name: str = "") -> None:
     """Copy summary, cores and executed notebooks to results/<name>, draw figures/<name> from there: all or
     nothing."""
@@ -125,7 +119,7 @@ def publish(run: Run, name: str = "") -> None:
             f"runs/{run.name} is not the plain run of {run.config.name}: say with AS=name under which name "
             "to publish it."
         )
-    name, made = _checked(name or run.name), states(run)
+    name, made = published_as(name or run.name), states(run)
     for stage, state in made.items():
         if state not in ("present", "optional"):
             raise UserError(f"runs/{run.name} is not complete ({stage} is {state}): run `make reproduce`.")
@@ -176,7 +170,7 @@ def figures(run: Run, name: str = "") -> None:
     from dmsae_lib.figures import draw_all
     from dmsae_lib.report.page import IN_README, published_page, update_readme
 
-    name = _checked(name or run.name)
+    name = published_as(name or run.name)
     results, target = run.root / "results" / name, run.root / "figures" / name
     with explain_os_errors(target), replacing(target) as (new,):
         drawn = draw_all(results, new)

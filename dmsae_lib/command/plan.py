@@ -20,7 +20,7 @@ import yaml
 from dmsae_lib.command.stages import Stage, stages
 from dmsae_lib.config import load_config
 from dmsae_lib.config.lock import lock
-from dmsae_lib.config.run import Run, open_run
+from dmsae_lib.config.run import NAME, Run, open_run
 from dmsae_lib.config.yaml_file import split_overrides
 from dmsae_lib.store.artifacts import UserError, explain_os_errors, write_json
 from dmsae_lib.store.atomic import old, write_text
@@ -162,6 +162,13 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", default="", help="name of the folder below runs/")
     overrides = {"action": "extend", "type": split_overrides, "default": [], "metavar": "section.key=value"}
     add("--set", **overrides, help="override a setting, or several with spaces between")
+
+
+def published_as(name: str) -> str:
+    """``name`` if it can be one below results/ and figures/; else UserError."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"AS is {name!r}: use letters, digits, '.', '_' and '-'.")
+    return name
 
 
 def main() -> None:

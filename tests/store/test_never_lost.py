@@ -22,10 +22,10 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from builders.atlas import hostile_atlas
 from builders.clone import make, make_clone, write_notebook
 from builders.limits import file_size_limit, without_permission
 from builders.models import save_model
-from builders.atlas import hostile_atlas
 from builders.run import (
     EVERY_STEP,
     ROOT,
